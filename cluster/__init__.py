@@ -1,0 +1,1 @@
+"""Everything that names Ray or Kubernetes, and the command line."""

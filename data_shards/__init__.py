@@ -1,0 +1,1 @@
+"""Text in, batches out: corpora, vocabulary, shards, the plan, the stream."""

@@ -1,0 +1,1 @@
+"""One rank's work: loop, engine, checkpoints, metrics, evaluation."""

@@ -1,0 +1,213 @@
+"""A run's whole configuration: a torch-free, frozen schema, read from YAML and ``--set``.
+
+A value's way: YAML file, then ``--set``, then one validated object, then ``config.json``, then the
+worker, as an explicit argument. A default lives here (or in the packages' own schemas) and nowhere
+else.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_shards.config import DataConfig
+from data_shards.errors import UserError
+from model.config import ModelConfig
+
+
+class TrainerConfig(BaseModel):
+    """Optimisation, precision, and when to look, save and stop."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(1, ge=0, lt=2**31)
+
+    # When to stop: whichever comes first.
+    max_steps: int | None = Field(100_000, ge=1)
+    max_minutes: float | None = Field(
+        None, gt=0, description="training time (set-up not counted) over all resumes of the run"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="validations without a better loss before stopping early"
+    )
+
+    # The step.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shares out over ranks")
+    peak_learning_rate: float | None = Field(
+        None, gt=0, description="rate where warmup ends; by default the paper's (d_model*warmup)^-.5"
+    )
+    warmup_steps: int = Field(4000, ge=1)
+    decay_fraction: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="last part of the run in which the rate also falls linearly to zero",
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.98, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-9, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 leaves it alone")
+
+    # When to look and to save, in steps.
+    log_every: int = Field(50, ge=1)
+    validate_every: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(5, ge=1, description="newest kept; the best is kept besides")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads a worker; by default the cores shared out"
+    )
+
+
+class EvaluationConfig(BaseModel):
+    """Beam search. Source: Vaswani et al. 2017, section 6.1; Wu et al. 2016 for the penalty."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beam: int = Field(4, ge=1, le=256)
+    length_penalty: float = Field(0.6, ge=0, le=10)
+    max_extra_length: int = Field(50, ge=0, description="longest output: source length and this")
+    batch_tokens: int = Field(4096, ge=1, description="source tokens decoded together, padded")
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(preset="base"))
+    data: DataConfig = Field(default_factory=DataConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.trainer.max_steps is None and self.trainer.max_minutes is None:
+            raise ValueError("the run would never end: set trainer.max_steps or trainer.max_minutes")
+        if self.model.positions == "learned" and self.data.max_length > self.model.max_positions:
+            raise ValueError(
+                f"data.max_length {self.data.max_length} is beyond the model's "
+                f"max_positions {self.model.max_positions}: raise model.max_positions"
+            )
+        return self
+
+    def to_json(self) -> str:
+        """The resolved configuration, as ``config.json`` holds it."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def load_config(file: Path | None, settings: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``a.b=value`` settings, validate.
+
+    Args:
+        file: a YAML mapping that holds only what differs from the defaults; None for none.
+        settings: assignments as given to ``--set``; the value is read as YAML.
+
+    Raises:
+        UserError: the file is missing or not a mapping, a key is unknown, a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read_mapping(file)
+    for setting in settings:
+        _assign(values, setting)
+    where = f"{file}" if file is not None else "--set"
+    return parse_config(values, where=where)
+
+
+def parse_config(values: Mapping[str, Any], *, where: str) -> RunConfig:
+    """Validate plain values (of YAML or of a ``config.json``).
+
+    Raises:
+        UserError: one line for each key that is wrong, with the mend.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise UserError(f"configuration ({where}): " + "\n  ".join(lines)) from None
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"configuration file not found: {file}. Give an existing file, "
+            "for example --config configs/tiny.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file cannot be read: {file}: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration file is not YAML: {file}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"configuration file must hold a mapping of sections: {file}")
+    return values
+
+
+def _assign(values: dict[str, Any], setting: str) -> None:
+    key, sign, text = setting.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {setting!r}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting!r}: the value is not readable as YAML") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text; a number is what was meant.
+        try:
+            value = float(value)
+        except ValueError:
+            value = text
+    *sections, name = key.split(".")
+    node = values
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {setting!r}: {section} is a value, not a section")
+    node[name] = value
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        section = _section(path[:-1])
+        close = get_close_matches(path[-1], section, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else (
+            "known here: " + ", ".join(section)
+        )
+        return f"unknown key {name}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}: {message} (given: {item['input']!r})"
+
+
+def _section(path: list[str]) -> list[str]:
+    """The keys of the section at ``path``."""
+    node: Any = RunConfig
+    for part in path:
+        field = node.model_fields.get(part)
+        if field is None:
+            return []
+        node = field.annotation
+        if isinstance(node, types.UnionType) or typing.get_origin(node) is typing.Union:
+            node = typing.get_args(node)[0]
+        if not (isinstance(node, type) and issubclass(node, BaseModel)):
+            return []
+    return sorted(node.model_fields)
