@@ -43,7 +43,9 @@ class TrainerConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shares out over ranks")
     peak_learning_rate: float | None = Field(
-        None, gt=0, description="rate where warmup ends; by default the paper's (d_model*warmup)^-.5"
+        None,
+        gt=0,
+        description="rate where warmup ends; default (d_model*warmup)^-0.5",
     )
     warmup_steps: int = Field(4000, ge=1)
     decay_fraction: float = Field(
@@ -67,6 +69,10 @@ class TrainerConfig(BaseModel):
     threads: int | None = Field(
         None, ge=1, description="CPU threads a worker; by default the cores shared out"
     )
+    metrics_port: int = Field(
+        9400, ge=0, le=65_535, description="Prometheus metrics of this node; 0 serves none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address that the metrics are served on")
 
 
 class EvaluationConfig(BaseModel):
@@ -93,7 +99,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.trainer.max_steps is None and self.trainer.max_minutes is None:
-            raise ValueError("the run would never end: set trainer.max_steps or trainer.max_minutes")
+            raise ValueError(
+                "the run would never end: set trainer.max_steps or trainer.max_minutes"
+            )
         if self.model.positions == "learned" and self.data.max_length > self.model.max_positions:
             raise ValueError(
                 f"data.max_length {self.data.max_length} is beyond the model's "
@@ -188,8 +196,10 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         section = _section(path[:-1])
         close = get_close_matches(path[-1], section, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else (
-            "known here: " + ", ".join(section)
+        hint = (
+            f"did you mean {'.'.join([*path[:-1], close[0]])}?"
+            if close
+            else ("known here: " + ", ".join(section))
         )
         return f"unknown key {name}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
