@@ -1,0 +1,220 @@
+"""The trainer on real ranks: the same curve at every size, exact resume, every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.manifest import Manifest
+from data_shards.shards import prepare
+from tests.ranks import Job, run_ranks
+from trainer import checkpoint
+from trainer.config import RunConfig, parse_config
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def make_config(data_root: Path, **trainer: Any) -> RunConfig:
+    model = trainer.pop("model", {})
+    data = trainer.pop("data", {})
+    return parse_config(
+        {
+            "model": {
+                "d_model": 32,
+                "d_ff": 64,
+                "num_heads": 4,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "dropout": 0.0,
+                "norm": "pre",
+                **model,
+            },
+            "data": {
+                "corpus": "embedded",
+                "embedded_pairs": 2000,
+                "vocabulary_size": 300,
+                "max_length": 64,
+                "root": data_root,
+                "lanes": 4,
+                "tokens_per_step": 1024,
+                **data,
+            },
+            "trainer": {
+                "max_steps": 100,
+                "warmup_steps": 50,
+                "peak_learning_rate": 3e-3,
+                "log_every": 1,
+                "validate_every": 50,
+                "checkpoint_every": 50,
+                "metrics_port": 0,
+                "threads": 1,
+                **trainer,
+            },
+        },
+        where="test",
+    )
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    prepare(make_config(root).data)
+    return root
+
+
+def events(run_dir: Path, kind: str = "step") -> list[dict[str, Any]]:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def numbers(run_dir: Path, start: int = 1) -> list[tuple[Any, ...]]:
+    """What must not depend on stops: the step, its loss, its gradient norm, its data."""
+    return [
+        (event["step"], event["loss"], event["grad_norm"], event["data_hash"])
+        for event in events(run_dir)
+        if event["step"] >= start
+    ]
+
+
+def test_the_curve_is_the_same_with_1_2_and_4_workers(data_root: Path, tmp_path: Path) -> None:
+    config = make_config(data_root)
+    for workers in (1, 2, 4):
+        assert run_ranks(workers, [Job(config, tmp_path / f"w{workers}")]) == ["max_steps"]
+    one, two, four = (events(tmp_path / f"w{workers}") for workers in (1, 2, 4))
+    assert [event["step"] for event in one] == list(range(1, 101))
+    for other in (two, four):
+        assert [event["loss"] for event in other] == pytest.approx(
+            [event["loss"] for event in one], rel=1e-4
+        )
+        assert [event["data_hash"] for event in other] == [event["data_hash"] for event in one]
+    assert one[-1]["loss"] < 0.7 * one[0]["loss"]
+
+
+def test_the_curve_with_dropout_is_the_same_at_other_sizes(data_root: Path, tmp_path: Path) -> None:
+    """The masks belong to the lane, not to the rank; three ranks do not divide four lanes."""
+    config = make_config(data_root, max_steps=20, model={"dropout": 0.3})
+    for workers in (1, 3):
+        run_ranks(workers, [Job(config, tmp_path / f"w{workers}")])
+    one, three = (events(tmp_path / f"w{workers}") for workers in (1, 3))
+    assert [event["loss"] for event in three] == pytest.approx(
+        [event["loss"] for event in one], rel=1e-4
+    )
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """Stopped at 57 of 100, fp32, dropout on; and early in training for the other stages."""
+    jobs, cases = [], []
+    for stage, stop, end in ((1, 57, 100), (0, 7, 12), (2, 7, 12), (3, 7, 12)):
+        whole = make_config(
+            data_root, zero_stage=stage, max_steps=end, model={"dropout": 0.1}, threads=1
+        )
+        part = whole.model_copy(
+            update={"trainer": whole.trainer.model_copy(update={"max_steps": stop})}
+        )
+        one, other = tmp_path / f"whole{stage}", tmp_path / f"parts{stage}"
+        jobs += [Job(whole, one), Job(part, other), Job(whole, other, resume=True)]
+        cases.append((one, other, stop, end))
+    assert set(run_ranks(2, jobs)) == {"max_steps"}
+    for one, other, stop, end in cases:
+        assert [event["step"] for event in events(other)] == list(range(1, end + 1))
+        assert events(other, "resumed")[0]["step"] == stop
+        assert numbers(other) == numbers(one)
+
+
+def test_bf16_learns_at_every_stage_and_weights_are_saved_in_full(
+    data_root: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    jobs = [
+        Job(
+            make_config(data_root, precision="bf16", zero_stage=stage, max_steps=40),
+            tmp_path / f"z{stage}",
+        )
+        for stage in (0, 1, 2, 3)
+    ]
+    run_ranks(2, jobs)
+    for job in jobs:
+        losses = [event["loss"] for event in events(job.run_dir)]
+        assert losses[-1] < 0.8 * losses[0]
+        weights = load_file(checkpoint.checkpoint_folder(job.run_dir, 40) / checkpoint.WEIGHTS)
+        # Masters, not their rounded copies: some value is not representable in bfloat16.
+        assert any((value != value.bfloat16().float()).any() for value in weights.values())
+        assert losses[-1] == pytest.approx(events(jobs[0].run_dir)[-1]["loss"], rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data_root: Path, tmp_path: Path) -> None:
+    good = make_config(data_root, max_steps=5, checkpoint_every=5)
+    bad = make_config(data_root, max_steps=30, checkpoint_every=5, peak_learning_rate=1e30)
+    outcomes = run_ranks(2, [Job(good, tmp_path / "run"), Job(bad, tmp_path / "run", resume=True)])
+    assert outcomes[0] == "max_steps"
+    assert outcomes[1].startswith("RunFailedError: the loss of step")
+    assert "no update was made" in outcomes[1]
+    assert checkpoint.problems(checkpoint.checkpoint_folder(tmp_path / "run", 5)) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
+    data_root: Path, tmp_path: Path
+) -> None:
+    config = make_config(data_root, max_steps=6, checkpoint_every=2, keep_checkpoints=2)
+    run_dir = tmp_path / "run"
+    run_ranks(2, [Job(config, run_dir)])
+    # Two newest and, when it is another one, the best are kept; the last step validates.
+    assert [step for step, _ in checkpoint.committed(run_dir)] == [4, 6]
+    newest = checkpoint.checkpoint_folder(run_dir, 6)
+    weights = newest / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-7])
+    further = make_config(data_root, max_steps=8, checkpoint_every=2)
+    other = make_config(data_root, max_steps=8, model={"d_ff": 128})
+    shutil.copytree(run_dir, tmp_path / "other")
+    outcomes = run_ranks(
+        2, [Job(further, run_dir, resume=True), Job(other, tmp_path / "other", resume=True)]
+    )
+    assert outcomes[0] == "max_steps"
+    assert events(run_dir, "resumed")[0]["step"] == 4
+    assert "model.d_ff was 64, is 128" in outcomes[1]
+    assert "start a run under another name" in outcomes[1]
+
+
+def test_another_number_of_workers_is_refused_where_it_cannot_be_read(
+    data_root: Path, tmp_path: Path
+) -> None:
+    config = make_config(data_root, max_steps=2)
+    run_ranks(2, [Job(config, tmp_path / "run")])
+    further = make_config(data_root, max_steps=4)
+    [outcome] = run_ranks(1, [Job(further, tmp_path / "run", resume=True)])
+    assert "resume with --workers 2" in outcome
+
+
+def test_early_stopping_and_the_clock_end_a_run_alike_on_all_ranks(
+    data_root: Path, tmp_path: Path
+) -> None:
+    stale = make_config(
+        data_root, max_steps=50, validate_every=1, patience=2, peak_learning_rate=3.0,
+        warmup_steps=1,
+    )  # fmt: skip
+    timed = make_config(data_root, max_steps=None, max_minutes=0.1, decay_fraction=0.5)
+    outcomes = run_ranks(2, [Job(stale, tmp_path / "stale"), Job(timed, tmp_path / "timed")])
+    assert outcomes == ["early_stopping", "max_minutes"]
+    rates = [event["learning_rate"] for event in events(tmp_path / "timed")]
+    assert rates[-1] < 0.1 * max(rates)
+    assert events(tmp_path / "timed", "finished")[0]["elapsed_s"] < 12
+
+
+def test_a_truncated_shard_is_named(data_root: Path, tmp_path: Path) -> None:
+    config = make_config(data_root, max_steps=30)
+    folder = config.data.folder()
+    broken = tmp_path / "data"
+    shutil.copytree(folder, broken)
+    shard = Path(Manifest.load(broken).shard_path(0))
+    shard.write_bytes(shard.read_bytes()[:3000])
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"dir": broken})})
+    [outcome] = run_ranks(1, [Job(moved, tmp_path / "run")])
+    assert outcome.startswith("DataError")
+    assert shard.name in outcome
