@@ -1,0 +1,191 @@
+"""One file from the network: resumed where it was cut, checked, and renamed only when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import requests
+import urllib3
+
+from data_shards.errors import DataError
+from data_shards.manifest import file_sha256
+
+logger = logging.getLogger(__name__)
+
+# Waits before the second, third, … attempt. An attempt that got further than any before it starts
+# the count anew: a large file over a poor line arrives, a server that is down is given up.
+_BACKOFF_S = (1.0, 2.0, 4.0)
+_TIMEOUT_S = (10.0, 60.0)
+_CHUNK_BYTES = 1 << 18
+_MEND = "or take the raw files from a folder or another server with --mirror DIR_OR_URL"
+
+
+class _NotThereError(Exception):
+    """The server answered, and does not have the file."""
+
+
+class _TransportError(Exception):
+    """Worth another attempt."""
+
+
+def fetch(
+    urls: Sequence[str],
+    path: Path,
+    *,
+    sha256: str,
+    progress: Callable[[str], None] = logger.info,
+) -> Path:
+    """Have the file with this checksum at ``path``; download it unless it is there already.
+
+    Bytes arrive in ``<path>.part``, which a later call takes up again. Two processes may fetch the
+    same file: the second waits for the first.
+
+    Args:
+        urls: tried in order; the next one only if a server does not have the file.
+        path: where the file shall lie.
+        sha256: expected checksum, in hex.
+        progress: told what was fetched.
+
+    Raises:
+        DataError: no server has the file, none answers, or the checksum differs.
+    """
+    if path.exists() and file_sha256(path) == sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("ab") as file:
+        _lock(file)
+        # The process that held the lock before us may have finished the file.
+        if path.exists() and file_sha256(path) == sha256:
+            with contextlib.suppress(FileNotFoundError):
+                part.unlink()
+            return path
+        started = time.monotonic()
+        for url in urls:
+            try:
+                _fetch_checked(url, file, path, sha256)
+            except _NotThereError as error:
+                missing = str(error)
+                continue
+            os.fsync(file.fileno())
+            part.replace(path)
+            seconds = time.monotonic() - started
+            progress(f"fetched {path.name}: {path.stat().st_size:,} bytes in {seconds:.1f} s")
+            return path
+        if file.tell() == 0:
+            part.unlink()
+    raise DataError(
+        f"cannot download {path.name}: {missing} for {' and '.join(urls)}. "
+        f"Check the address, {_MEND}"
+    )
+
+
+def _fetch_checked(url: str, file: IO[bytes], path: Path, sha256: str) -> None:
+    """Complete ``file`` from ``url``; what was resumed and proves wrong is fetched once afresh."""
+    resumed = file.tell() > 0
+    _fetch_with_retries(url, file, path.name)
+    file.flush()
+    actual = file_sha256(Path(file.name))
+    if actual != sha256 and resumed:
+        logger.warning("%s: the part on disk did not fit; fetching it from the start", path.name)
+        file.truncate(0)
+        _fetch_with_retries(url, file, path.name)
+        file.flush()
+        actual = file_sha256(Path(file.name))
+    if actual != sha256:
+        # Nothing of it can be used: the next attempt shall not resume from it.
+        file.truncate(0)
+        raise DataError(
+            f"{path.name} from {url}: expected sha256 {sha256}, received {actual}. The file there "
+            f"is another one or was altered on the way: try again, {_MEND}"
+        )
+
+
+def _fetch_with_retries(url: str, file: IO[bytes], name: str) -> None:
+    furthest = file.tell()
+    failures = 0
+    while True:
+        try:
+            _request(url, file)
+            return
+        except _TransportError as error:
+            position = file.seek(0, os.SEEK_END)
+            if position > furthest:
+                furthest, failures = position, 0
+            if failures == len(_BACKOFF_S):
+                raise DataError(
+                    f"cannot download {name} from {url}: {error}. Check the network and run the "
+                    f"command again (what arrived is kept), {_MEND}"
+                ) from None
+            logger.warning(
+                "%s: %s; next attempt in %g s from byte %d",
+                url, error, _BACKOFF_S[failures], position,
+            )  # fmt: skip
+            time.sleep(_BACKOFF_S[failures])
+            failures += 1
+
+
+def _request(url: str, file: IO[bytes]) -> None:
+    """One request for what is missing from the end of ``file``."""
+    position = file.seek(0, os.SEEK_END)
+    # Stored bytes are what the checksum is of: no transparent decompression.
+    headers = {"Accept-Encoding": "identity"}
+    if position:
+        headers["Range"] = f"bytes={position}-"
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
+            if response.status_code == 416:
+                # The part is whole already, or longer than the file: the checksum tells.
+                return
+            if response.status_code in (408, 425, 429) or response.status_code >= 500:
+                raise _TransportError(f"the server answered {_status(response)}")
+            if response.status_code >= 400:
+                raise _NotThereError(f"the server answered {_status(response)}")
+            if position and not _continues(response, position):
+                file.truncate(0)
+            for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
+                file.write(chunk)
+            file.flush()
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+        raise DataError(f"{url} is not an address to download from: {error}") from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        file.flush()
+        raise _TransportError(_reason(error)) from None
+
+
+def _continues(response: requests.Response, position: int) -> bool:
+    """Whether the server took up the range that was asked for; many send the whole file."""
+    if response.status_code != 206:
+        return False
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return match is not None and int(match.group(1)) == position
+
+
+def _status(response: requests.Response) -> str:
+    return f"{response.status_code} {response.reason or ''}".strip()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, requests.exceptions.Timeout):
+        return "the server did not answer in time"
+    if isinstance(error, requests.exceptions.ConnectionError):
+        return "no connection to the server (no network?)"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"the connection broke off ({type(error).__name__})"
+
+
+def _lock(file: IO[bytes]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        # Some network file systems have no locks; the checksum still guards the result.
+        logger.debug("no file locks at %s", file.name)
