@@ -1,0 +1,199 @@
+"""The Transformer's layers: embeddings and softmax, positions, feed-forward, residual layers.
+
+Shapes: B batch, L length, S source length, T target length, D d_model, V vocabulary, N targets.
+
+Every parameter is used only inside the forward of the module that owns it: DeepSpeed's ZeRO stage
+3 gathers a parameter when its module is called, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.attention import MultiHeadAttention
+from model.config import ModelConfig
+from model.dropout import dropout, dropout_add
+from model.loss import fused_projection_loss
+
+
+class VocabularyMatrix(nn.Module):
+    """A matrix [V, D] of one vector a piece: embeds ids, or projects states onto the vocabulary.
+
+    Source: Vaswani et al. 2017, section 3.4.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        nn.init.normal_(self.weight, std=d_model**-0.5)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        operation: Literal["embed", "project", "loss"],
+        targets_N: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Use the matrix.
+
+        Args:
+            inputs: ids of any shape for "embed", else states [..., D].
+            operation: "embed" gives vectors [..., D]; "project" gives logits [..., V]; "loss"
+                gives ``(loss_sum, nll_sum)`` of states [N, D], see ``fused_projection_loss``.
+            targets_N: the references, for "loss".
+            smoothing: label smoothing, for "loss".
+        """
+        if operation == "embed":
+            return functional.embedding(inputs, self.weight)
+        if operation == "project":
+            return functional.linear(inputs, self.weight)
+        assert targets_N is not None, "operation 'loss' needs targets"
+        return fused_projection_loss(inputs, self.weight, targets_N, smoothing)
+
+
+@lru_cache(maxsize=16)
+def sinusoids(length: int, d_model: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Position vectors [L, D]: sines in the even dimensions, cosines in the odd; cached.
+
+    Source: Vaswani et al. 2017, section 3.5.
+    """
+    # A tensor made under inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        position_L1 = torch.arange(length, dtype=torch.float64)[:, None]
+        even = torch.arange(0, d_model, 2, dtype=torch.float64)
+        angle = position_L1 * torch.exp(even * (-math.log(10000.0) / d_model))
+        table_LD = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+        return table_LD.to(device=device, dtype=dtype)
+
+
+class Positions(nn.Module):
+    """Adds the scaled embeddings to the vectors of their positions, and drops out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.d_model = config.d_model
+        self.max_positions = config.max_positions
+        self.dropout = config.dropout
+        self.weight: nn.Parameter | None
+        if config.positions == "learned":
+            self.weight = nn.Parameter(torch.empty(config.max_positions, config.d_model))
+            nn.init.normal_(self.weight, std=config.d_model**-0.5)
+        else:
+            self.weight = None
+
+    def forward(self, embedded_BLD: Tensor, first: int = 0) -> Tensor:
+        """``embedded * sqrt(D) + position``, the first one being position ``first``.
+
+        Raises:
+            ValueError: beyond the learned positions.
+        """
+        end = first + embedded_BLD.size(1)
+        if self.weight is None:
+            # Whole powers of two, so that few tables are made.
+            size = max(256, 1 << (end - 1).bit_length())
+            table = sinusoids(size, self.d_model, embedded_BLD.device, embedded_BLD.dtype)
+        elif end > self.max_positions:
+            raise ValueError(
+                f"a sequence of {end} pieces is longer than the model's {self.max_positions} "
+                "learned positions: shorten it, or train with a larger model.max_positions"
+            )
+        else:
+            table = self.weight
+        summed_BLD = torch.add(table[first:end], embedded_BLD, alpha=self.d_model**0.5)
+        return dropout(summed_BLD, self.dropout, training=self.training)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a rectifier between. Source: Vaswani et al. 2017, section 3.3."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.inner = nn.Linear(config.d_model, config.d_ff)
+        self.outer = nn.Linear(config.d_ff, config.d_model)
+        self.dropout = config.activation_dropout
+        for linear in (self.inner, self.outer):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, inputs_BLD: Tensor) -> Tensor:
+        """Each position by itself."""
+        hidden = functional.relu_(self.inner(inputs_BLD))
+        return self.outer(dropout(hidden, self.dropout, training=self.training))  # type: ignore[no-any-return]
+
+
+class _Layer(nn.Module):
+    """What encoder and decoder layers share: the residual around each sub-layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.dropout = config.dropout
+        self.attention = MultiHeadAttention(
+            config.d_model, config.num_heads, dropout=config.attention_dropout, over_memory=False
+        )
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+
+    def residual(
+        self, inputs_BLD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``norm(x + sublayer(x))`` (the paper's), or ``x + sublayer(norm(x))``."""
+        if self.pre_norm:
+            outputs_BLD = sublayer(norm(inputs_BLD))
+            return dropout_add(outputs_BLD, inputs_BLD, self.dropout, training=self.training)
+        outputs_BLD = sublayer(inputs_BLD)
+        summed_BLD = dropout_add(outputs_BLD, inputs_BLD, self.dropout, training=self.training)
+        return norm(summed_BLD)  # type: ignore[no-any-return]
+
+
+class EncoderLayer(_Layer):
+    """Self-attention, then feed-forward. Source: Vaswani et al. 2017, section 3.1."""
+
+    def forward(
+        self, states_BSD: Tensor, mask: Tensor | None, record: list[Tensor] | None = None
+    ) -> Tensor:
+        """One layer over the source; ``mask`` hides padding, ``record`` takes the weights."""
+        states_BSD = self.residual(
+            states_BSD, self.attention_norm, lambda x: self.attention(x, None, mask, record=record)
+        )
+        return self.residual(states_BSD, self.feed_forward_norm, self.feed_forward)
+
+
+class DecoderLayer(_Layer):
+    """Causal self-attention, attention over the source, feed-forward (section 3.1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.cross = MultiHeadAttention(
+            config.d_model, config.num_heads, dropout=config.attention_dropout, over_memory=True
+        )
+        self.cross_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        states_BTD: Tensor,
+        memory_BSD: Tensor,
+        memory_mask: Tensor | None,
+        record: list[Tensor] | None = None,
+        cross_record: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One layer over the target and, through ``memory_BSD``, the source."""
+        states_BTD = self.residual(
+            states_BTD,
+            self.attention_norm,
+            lambda x: self.attention(x, causal=True, record=record),
+        )
+        states_BTD = self.residual(
+            states_BTD,
+            self.cross_norm,
+            lambda x: self.cross(x, memory_BSD, memory_mask, record=cross_record),
+        )
+        return self.residual(states_BTD, self.feed_forward_norm, self.feed_forward)
