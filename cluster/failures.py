@@ -1,0 +1,86 @@
+"""What went wrong in a run, in one line that a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from data_shards.errors import UserError
+
+# Errors in code or configuration: they come again at the same place after every restart.
+_BUGS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+
+
+def hopeless(errors: Iterable[BaseException]) -> BaseException | None:
+    """The error that a restart of the workers would meet again, if there is one."""
+    found = [error for error in errors if isinstance(error, UserError | _BUGS)]
+    return next((error for error in found if isinstance(error, UserError)), None) or next(
+        iter(found), None
+    )
+
+
+def summarize(failures: Mapping[int, BaseException]) -> str:
+    """One line for the failed ranks; what the user can mend comes before what followed from it."""
+    for rank, error in sorted(failures.items()):
+        if isinstance(error, UserError):
+            return f"rank {rank}: {error}"
+    dead = sorted(rank for rank, error in failures.items() if _is_dead(error))
+    if dead:
+        ranks = ", ".join(str(rank) for rank in dead)
+        process = "process" if len(dead) == 1 else "processes"
+        return (
+            f"the {process} of rank {ranks} ended unexpectedly "
+            "(killed, out of memory, or its machine was lost)"
+        )
+    rank, error = min(failures.items())
+    return f"rank {rank}: {_one_line(error)}"
+
+
+def explain(error: BaseException) -> str:
+    """What a failed ``fit()`` has to say: the workers' own error, without Ray's wrapping."""
+    causes = list(_unwrap(error))
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return str(cause)
+    for cause in causes:
+        failures = getattr(cause, "worker_failures", None)
+        if failures:
+            return summarize(failures)
+    return _one_line(causes[-1])
+
+
+def _unwrap(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it wraps, outermost first."""
+    yield error
+    for failure in getattr(error, "worker_failures", {}).values():
+        yield from _unwrap(failure)
+    for name in ("controller_failure", "cause"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            yield from _unwrap(inner)
+
+
+def _is_dead(error: BaseException) -> bool:
+    """Whether a worker's process is gone, as Ray Train reports it."""
+    return type(getattr(error, "health_check_failure", error)).__name__ in {
+        "ActorDiedError",
+        "ActorUnavailableError",
+        "NodeDiedError",
+        "OutOfMemoryError",
+        "RayActorError",
+        "WorkerCrashedError",
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    name = type(error).__name__
+    return f"{name}: {lines[-1].strip()}" if lines else name

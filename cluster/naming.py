@@ -1,0 +1,198 @@
+"""A run's name and folder: choose, claim, and decide whether a resume continues the same run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+from trainer.config import RunConfig, load_config, parse_config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+# What may differ between a run and its resume. Everything else decides which numbers a step
+# computes, and a changed value would make the run's config.json and curves tell an untruth.
+CHANGEABLE = frozenset(
+    {
+        "data.root", "data.dir", "data.mirror", "data.prefetch_steps", "data.cache_dir",
+        "trainer.max_steps", "trainer.max_minutes", "trainer.patience", "trainer.log_every",
+        "trainer.validate_every", "trainer.checkpoint_every", "trainer.keep_checkpoints",
+        "trainer.threads", "trainer.metrics_host", "trainer.metrics_port",
+        "evaluation.beam", "evaluation.length_penalty", "evaluation.max_extra_length",
+        "evaluation.batch_tokens",
+    }
+)  # fmt: skip
+
+# A preset only fills other fields, which are compared themselves.
+_IGNORED = frozenset({"model.preset"})
+
+
+def new_name(config_file: Path | None) -> str:
+    """A name for a run that was given none: the configuration's, and the time."""
+    stem = config_file.stem if config_file is not None else "run"
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-") or "run"
+    return f"{stem[:60]}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain folder name.
+
+    Raises:
+        UserError: the name is empty, too long or holds a slash, a space, ….
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"run name {name!r}: use at most 100 letters, digits, '-', '_' and '.', "
+            "beginning with a letter or digit"
+        )
+
+
+def find_run(run: str, runs: Path) -> Path:
+    """The folder of a run given by its name under ``runs`` or by its path.
+
+    Raises:
+        UserError: there is no such run; the message names those there are.
+    """
+    for folder in (runs / run, Path(run)):
+        if (folder / "config.json").is_file():
+            return folder
+    known = sorted(file.parent.name for file in runs.glob("*/config.json"))
+    if not known:
+        raise UserError(f"no run {run!r}: {runs} holds no runs; start one with babelray train")
+    close = get_close_matches(run, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(known[-10:])
+    raise UserError(f"no run {run!r} in {runs}; {hint}")
+
+
+def open_run(
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    name: str | None,
+    *,
+    runs: Path,
+    resume: bool,
+) -> tuple[RunConfig, str]:
+    """Settle what to train and under which name; nothing is written.
+
+    With ``resume`` and no file, the run's own ``config.json`` is the base of ``settings``.
+
+    Raises:
+        UserError: the configuration is wrong, the name is taken, there is no run to resume, or the
+            resume would change what the run computes.
+    """
+    if name is not None:
+        check_name(name)
+    if resume:
+        if name is None:
+            raise UserError("--resume needs the run: give --name RUN")
+        stored_file = find_run(name, runs) / "config.json"
+        stored = _read(stored_file)
+        config = absolute(load_config(config_file or stored_file, settings))
+        check_resume(stored, config, name=name)
+        return config, name
+    if config_file is None:
+        raise UserError("give the configuration: for example --config configs/tiny.yaml")
+    config = absolute(load_config(config_file, settings))
+    if name is None:
+        return config, new_name(config_file)
+    taken = runs / name
+    if (taken / "config.json").exists() or (taken / "checkpoints").exists():
+        raise UserError(
+            f"the run {name} exists already ({taken}): continue it with --resume, "
+            "choose another --name, or remove the folder"
+        )
+    return config, name
+
+
+def check_resume(stored: RunConfig, new: RunConfig, *, name: str) -> None:
+    """Refuse to continue a run with a configuration that computes something else.
+
+    Raises:
+        UserError: with each field that differs, its old and its new value.
+    """
+    before, after = _flat(stored), _flat(new)
+    changed = sorted(
+        key for key in before if before[key] != after[key] and key not in CHANGEABLE | _IGNORED
+    )
+    if changed:
+        lines = [f"{key}: {before[key]!r} in the run, {after[key]!r} now" for key in changed]
+        raise UserError(
+            f"--resume would change what the run {name} computes:\n  "
+            + "\n  ".join(lines)
+            + "\nresume without the change, or start a new run under another --name"
+        )
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same configuration with the data folders' paths made absolute.
+
+    Workers and later commands may run in another working directory.
+    """
+    data = config.data
+    paths = {
+        key: Path(os.path.abspath(value))
+        for key in ("root", "dir", "cache_dir")
+        if (value := getattr(data, key)) is not None
+    }
+    return config.model_copy(update={"data": data.model_copy(update=paths)})
+
+
+def write_config(config: RunConfig, run_dir: Path) -> None:
+    """Put the resolved configuration into the run's folder, whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".config.json.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(config.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(run_dir / "config.json")
+
+
+@contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder: two drivers on one run would overwrite each other's checkpoints.
+
+    The lock is the kernel's and goes with the process, however it ends.
+
+    Raises:
+        UserError: another process trains the run now.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UserError(
+                f"the run {run_dir.name} is being trained by {holder}: "
+                "wait for it, stop it, or choose another --name"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        yield
+
+
+def _read(file: Path) -> RunConfig:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the run's configuration cannot be read: {file}: {error}") from None
+    return parse_config(values, where=str(file))
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }

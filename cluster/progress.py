@@ -1,0 +1,126 @@
+"""A run's events as lines for a person who watches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+
+
+class Tail:
+    """New whole lines of a JSON-lines file, each time it is asked.
+
+    The file need not exist yet; it begins at its present end.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._offset = file.stat().st_size if file.exists() else 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The objects appended since the last call; a line cut short waits for its rest."""
+        try:
+            with self._file.open("rb") as stream:
+                size = stream.seek(0, 2)
+                if size < self._offset:  # rewritten: what it holds now was shown already
+                    self._offset = size
+                stream.seek(self._offset)
+                chunk = stream.read()
+        except FileNotFoundError:
+            return
+        whole = chunk.rfind(b"\n") + 1
+        self._offset += whole
+        for line in chunk[:whole].splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield event
+
+
+class Narrator:
+    """Turns events into lines; remembers the pace, for the time that is left."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._previous: tuple[int, float] | None = None
+        self.last_step = 0
+        self.reason: str | None = None
+        self.valid_loss: float | None = None
+
+    def line(self, event: dict[str, Any]) -> str | None:
+        """The line for an event, or None where it has nothing to say to a person."""
+        teller = getattr(self, f"_{event.get('event')}", None)
+        if teller is None:
+            return None
+        if isinstance(event.get("step"), int):
+            self.last_step = event["step"]
+        text: str = teller(event)
+        return text
+
+    def _step(self, event: dict[str, Any]) -> str:
+        left = self._seconds_left(event)
+        return (
+            f"step {event['step']:>6}  epoch {_number(event.get('epoch'), '.2f'):>6}"
+            f"  loss {_number(event.get('loss'), '.4f'):>8}"
+            f"  {_number(event.get('tokens_per_second'), ',.0f'):>8} tokens/s"
+            f"  rate {_number(event.get('learning_rate'), '.2e')}"
+            + (f"  left {duration(left)}" if left is not None else "")
+        )
+
+    def _validated(self, event: dict[str, Any]) -> str:
+        self.valid_loss = event.get("valid_loss")
+        return (
+            f"step {event['step']:>6}  validated: loss {_number(event.get('valid_loss'), '.4f')}"
+            f", perplexity {_number(event.get('perplexity'), '.2f')}"
+        )
+
+    def _checkpoint(self, event: dict[str, Any]) -> str:
+        best = ", the best so far" if event.get("best") else ""
+        megabytes = (event.get("bytes") or 0) / 1e6
+        return (
+            f"step {event['step']:>6}  checkpoint saved: {megabytes:.1f} MB"
+            f" in {_number(event.get('seconds'), '.1f')} s{best}"
+        )
+
+    def _resumed(self, event: dict[str, Any]) -> str:
+        self._previous = None
+        return f"resumed from step {event.get('step')}"
+
+    def _worker_failed(self, event: dict[str, Any]) -> str:
+        mend = "" if event.get("final") else "; restarting from the last checkpoint"
+        return f"failed: {event['message']}{mend}"
+
+    def _finished(self, event: dict[str, Any]) -> str:
+        self.reason = event.get("reason")
+        return f"step {self.last_step:>6}  finished: {self.reason}"
+
+    def _seconds_left(self, event: dict[str, Any]) -> float | None:
+        """What is left to the nearer of the two limits, at the pace since the last logged step."""
+        step, elapsed_s = event["step"], event.get("elapsed_s")
+        if elapsed_s is None:
+            return None
+        previous, self._previous = self._previous, (step, elapsed_s)
+        limits = []
+        trainer = self._config.trainer
+        if trainer.max_minutes is not None:
+            limits.append(trainer.max_minutes * 60 - elapsed_s)
+        if trainer.max_steps is not None and previous is not None and step > previous[0]:
+            pace_s = (elapsed_s - previous[1]) / (step - previous[0])
+            limits.append((trainer.max_steps - step) * pace_s)
+        return max(0.0, min(limits)) if limits else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a clock: ``0:42``, ``12:03``, ``3:25:45``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _number(value: Any, spec: str) -> str:
+    return format(value, spec) if isinstance(value, int | float) else "-"

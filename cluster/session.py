@@ -1,0 +1,160 @@
+"""Ray as a run needs it: a private one on this machine, or the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_DASHBOARD_PORT = 8265
+
+# Ray reserves 30 % of the memory for objects by default; training passes none through it.
+_OBJECT_STORE_BYTES = 128 * 1024**2
+
+# What Ray and its children read from the environment. A value that the user has set stays.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # The state of a run, its attempts and its workers, at /api/train/v2/runs/v1.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # A dead worker is seen at the next poll.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ranks that wait for a dead one do not answer a polite request to leave.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
+    # Workers keep the driver's working directory.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Accelerators are given out whole; Ray's note on CPU workers seeing none is noise.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    # A libgomp that spins while it waits takes the core from its neighbours.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+# A Ray of our own listens on the loopback interface alone: without this, its ports are open to the
+# network, and whoever reaches them can run code here. (The name is Ray's, the effect is the same on
+# Linux.) With nobody else able to connect, the dashboard needs no token.
+_LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connection to Ray and what the cluster offers."""
+
+    dashboard_url: str | None
+    num_cpus: float
+    num_gpus: float
+    is_local: bool
+
+
+def worker_threads(workers: int, threads: int | None) -> int:
+    """CPU threads for each of ``workers``: as configured, OMP_NUM_THREADS, or a fair share."""
+    if threads is not None:
+        return threads
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else max(1, num_cores() // workers)
+
+
+def num_cores() -> int:
+    """Cores this process may use: the affinity mask, cut by the container's CPU quota."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    if quota == "max":
+        return cores
+    return max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+@contextmanager
+def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -> Iterator[Session]:
+    """Ray for the duration of the block; a Ray started here is gone afterwards.
+
+    Args:
+        min_cpus: workers that a Ray of our own must be able to place, were there fewer cores.
+        threads: CPU threads a worker; None shares this machine's cores out over ``min_cpus``.
+        dashboard_port: where a Ray of our own shows its page; None takes the first free port from
+            8265 on.
+
+    Raises:
+        UserError: the port is in use, or no Ray answers at RAY_ADDRESS.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    environment = dict(_ENVIRONMENT)
+    if not address:
+        if dashboard_port is not None:
+            _check_port(dashboard_port)
+        environment |= _LOCAL_ENVIRONMENT
+        environment["OMP_NUM_THREADS"] = str(worker_threads(min_cpus, threads))
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+    import ray
+
+    # Importing torch takes as long as Ray's start, which is mostly waiting: do both at once.
+    importing = threading.Thread(target=_import_torch, name="import-torch", daemon=True)
+    importing.start()
+    try:
+        if address:
+            context = _connect_to(address)
+        else:
+            context = ray.init(
+                num_cpus=max(num_cores(), min_cpus),
+                include_dashboard=True,
+                dashboard_host=LOOPBACK,
+                dashboard_port=dashboard_port,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        importing.join()
+        resources = ray.cluster_resources()
+        yield Session(
+            dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+            num_cpus=resources.get("CPU", 0.0),
+            num_gpus=resources.get("GPU", 0.0),
+            is_local=not address,
+        )
+    finally:
+        ray.shutdown()
+
+
+def _connect_to(address: str) -> Any:
+    import ray
+
+    try:
+        return ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line}): start it with "
+            "ray start --head, correct the address, or unset RAY_ADDRESS to train on this machine"
+        ) from None
+
+
+def _import_torch() -> None:
+    import torch  # noqa: F401
+
+
+def _check_port(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise UserError(
+                f"--dashboard-port {port}: {error.strerror}: give another port, or none to take "
+                f"the first free one from {DEFAULT_DASHBOARD_PORT} on"
+            ) from None

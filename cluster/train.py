@@ -1,0 +1,268 @@
+"""One run on Ray: start the workers, tell how they fare, stop them cleanly.
+
+Ray Train restarts the group of workers when one dies; the trainer goes on from the run's own last
+checkpoint. Ray's own state lies in a hidden folder of the run and decides nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster import session
+from cluster.failures import explain
+from cluster.naming import claim, write_config
+from cluster.progress import Narrator, Tail
+from data_shards.errors import RunFailedError, UserError
+from trainer.config import RunConfig
+
+# Restarts after a failure before a run is given up; a failure that would only come again ends it
+# at once.
+MAX_FAILURES = 3
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``reason`` is the trainer's; ``signal`` is what stopped it, if anything."""
+
+    run_dir: Path
+    step: int
+    reason: str | None
+    valid_loss: float | None
+    seconds: float
+    signal: int | None = None
+
+
+def start(
+    config: RunConfig,
+    name: str,
+    *,
+    runs: Path,
+    workers: int | None = None,
+    dashboard_port: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    train: Callable[..., object] | None = None,
+) -> Outcome:
+    """Train until the run ends, is stopped by a signal, or fails.
+
+    Resumes from the run's last checkpoint if there is one. Must be called in the main thread.
+
+    Args:
+        config: the resolved configuration; written to the run's folder.
+        name: the run's name, its folder under ``runs``.
+        runs: the folder of runs; on a cluster, storage that all machines share.
+        workers: ranks; by default one a GPU, or one where there is none.
+        dashboard_port: for the page of a Ray of our own; by default the first free one.
+        say: takes each line for the person who watches.
+        train: replaces ``trainer.loop.train``, for tests.
+
+    Raises:
+        UserError: a wrong number of workers, a port in use, a run that is being trained.
+        RunFailedError: the run failed; its message says how to go on.
+    """
+    commanded_at = time.time()
+    run_dir = (runs / name).absolute()
+    check_lanes(config, workers)
+    with claim(run_dir):
+        write_config(config, run_dir)
+        stop_file = run_dir / "stop"
+        stop_file.unlink(missing_ok=True)
+        threads = config.trainer.threads
+        with (
+            _Interrupts(stop_file, say) as interrupts,
+            session.connect(
+                min_cpus=workers or 1, threads=threads, dashboard_port=dashboard_port
+            ) as ray_session,
+        ):
+            interrupts.install()  # Ray's start has put handlers of its own in their place
+            if workers is None:
+                workers = max(1, min(int(ray_session.num_gpus), config.data.lanes))
+            _check_resources(ray_session, workers)
+            if ray_session.dashboard_url:
+                say(f"Ray dashboard: {ray_session.dashboard_url}")
+            say(f"training {run_dir} on {workers} worker{'s' if workers > 1 else ''}")
+            narrator = Narrator(config)
+            tails = (
+                Tail(run_dir / "events.jsonl"),
+                Tail(run_dir / "logs" / "failures.jsonl"),
+            )
+
+            def tell() -> None:
+                for tail in tails:
+                    for event in tail.read():
+                        line = narrator.line(event)
+                        if line is not None:
+                            say(line)
+
+            fit = _Fit(
+                _trainer(
+                    config,
+                    run_dir,
+                    workers,
+                    use_gpu=ray_session.num_gpus > 0,
+                    is_local=ray_session.is_local,
+                    commanded_at=commanded_at,
+                    train=train,
+                )
+            )
+            fit.start()
+            while fit.is_alive() and not interrupts.at_once:
+                fit.join(_POLL_S)
+                interrupts.repeat()
+                tell()
+            tell()
+        stop_file.unlink(missing_ok=True)
+        if interrupts.at_once:
+            raise KeyboardInterrupt
+        if fit.error is not None:
+            raise _failed(fit.error, name, run_dir)
+        return Outcome(
+            run_dir=run_dir,
+            step=narrator.last_step,
+            reason=narrator.reason,
+            valid_loss=narrator.valid_loss,
+            seconds=time.time() - commanded_at,
+            signal=interrupts.signal if narrator.reason in {None, "stopped"} else None,
+        )
+
+
+def check_lanes(config: RunConfig, workers: int | None) -> None:
+    """Refuse more workers than lanes: ranks share the lanes out, and some would get none.
+
+    Raises:
+        UserError: as said.
+    """
+    if workers is not None and workers > config.data.lanes:
+        raise UserError(
+            f"--workers {workers}: the run has data.lanes {config.data.lanes}, and every worker "
+            "takes at least one: give fewer workers, or start a new run with more lanes"
+        )
+
+
+def _check_resources(ray_session: session.Session, workers: int) -> None:
+    kind, number = (
+        ("GPU", ray_session.num_gpus) if ray_session.num_gpus else ("CPU", ray_session.num_cpus)
+    )
+    if workers > number:
+        raise UserError(
+            f"--workers {workers}: Ray offers {number:.0f} {kind}s, one a worker: give fewer "
+            "workers or add machines"
+        )
+
+
+def _trainer(
+    config: RunConfig,
+    run_dir: Path,
+    workers: int,
+    *,
+    use_gpu: bool,
+    is_local: bool,
+    commanded_at: float,
+    train: Callable[..., object] | None,
+) -> Any:
+    """Ray's trainer for a run, ready to ``fit()``."""
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.worker import FailureCallback, Task, logs_dir, work
+
+    logs_dir(run_dir).mkdir(parents=True, exist_ok=True)
+    threads = session.worker_threads(workers, config.trainer.threads)
+    task = Task(config, run_dir, threads, commanded_at, train)
+    # A Ray of our own hands its environment down. Elsewhere the workers need theirs set, at the
+    # price of a slower start: they cannot be taken from Ray's pool.
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+    return TorchTrainer(
+        lambda: work(task),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=RayRunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir / ".ray"),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[FailureCallback(run_dir)],
+            worker_runtime_env=None if is_local else {"env_vars": environment},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+class _Fit(threading.Thread):
+    """``fit()`` in a thread of its own, so that the main thread keeps the signals.
+
+    (In the main thread Ray Train would take SIGINT for itself and kill the workers with it.)
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="ray-train-fit", daemon=True)
+        self._trainer = trainer
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+
+class _Interrupts:
+    """SIGINT and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
+
+    def __init__(self, stop_file: Path, say: Callable[[str], None]) -> None:
+        self._stop_file = stop_file
+        self._say = say
+        self._before: dict[int, Any] = {}
+        self.signal: int | None = None
+        self.at_once = False
+
+    def __enter__(self) -> _Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.getsignal(number)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals; they are given back at the end of the block."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def repeat(self) -> None:
+        """Ask again: workers that were just starting have removed the file as an old one."""
+        if self.signal is not None and not self._stop_file.exists():
+            self._stop_file.touch()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            self.at_once = True
+            return
+        self.signal = number
+        self._stop_file.touch()
+        self._say("saving a checkpoint and stopping; press again to stop at once")
+
+
+def _failed(error: BaseException, name: str, run_dir: Path) -> RunFailedError:
+    log = run_dir / "logs" / "driver.log"
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+        stream.writelines(traceback.format_exception(error))
+    return RunFailedError(
+        f"the run {name} failed: {explain(error)}\n"
+        f"  logs: {log.parent} (the whole error is in {log.name})\n"
+        f"  go on from its last checkpoint: babelray train --name {name} --resume"
+    )
