@@ -39,13 +39,12 @@ from numpy.typing import NDArray
 
 from data_shards.config import DataConfig
 from data_shards.errors import DataError
-from data_shards.randomness import MASK, UInt64, key_of, permutation, random_numbers
+from data_shards.randomness import MASK, Int64, UInt64, key_of, permutation, random_numbers
 
 if TYPE_CHECKING:
     from data_shards.manifest import Manifest
 
 Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 
 # Bump when a change makes the same corpus and seed give other batches: a run must not resume then.
 PLAN_FORMAT = 1
@@ -321,7 +320,8 @@ class Plan:
             block = self._block_order[place]
             pairs = slice(int(self._first_pair[block]), int(self._first_pair[block + 1]))
             within = np.cumsum(longer[pairs], dtype=np.int64)
-            row = int(np.searchsorted(within, wanted - int(total_before[place])))
+            left = wanted - int(total_before[place])
+            row = int(np.searchsorted(within, left, side="right"))
             cuts.append(int(self._block_position[place]) + row)
         return np.array([*cuts, len(longer)], dtype=np.int64)
 
@@ -365,10 +365,9 @@ class Plan:
         for lane in range(self.lanes):
             first = int(self._lane_window[lane])
             num_windows = int(self._lane_window[lane + 1]) - first
+            windows = permutation(key_of(self.seed, _WINDOWS, epoch, lane), num_windows)
             order = []
-            for window in first + permutation(
-                key_of(self.seed, _WINDOWS, epoch, lane), num_windows
-            ):
+            for window in first + windows:
                 start, stop = self._window_batch[window : window + 2]
                 key = key_of(self.seed, _BATCHES, epoch, int(window))
                 order.append(start + permutation(key, int(stop - start)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 
 MASK = (1 << 64) - 1
