@@ -103,6 +103,7 @@ class ManifestData(_Entry):
     target_language: str
     licence: str
     settings: dict[str, Any] = Field(description="the configuration values behind the fingerprint")
+    sentencepiece: str = Field(description="version that learnt the vocabulary")
     raw_files: tuple[RawFile, ...]
     vocabulary: VocabularyEntry
     num_pairs: int = Field(ge=1)

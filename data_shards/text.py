@@ -39,8 +39,8 @@ def check_text(path: Path, key: str) -> None:
     undecodable = sum(not _is_utf8(line) for line in lines)
     if undecodable > _MOST_UNDECODABLE * len(lines):
         raise DataError(
-            f"{key}: {path} is not UTF-8 text (of its first {len(lines)} lines {undecodable} cannot "
-            "be decoded): convert it, for example with iconv -f ISO-8859-1 -t UTF-8"
+            f"{key}: {path} is not UTF-8 text ({undecodable} of the first {len(lines)} lines "
+            "cannot be decoded): convert it, for example with iconv -f ISO-8859-1 -t UTF-8"
         )
 
 
