@@ -1,0 +1,30 @@
+"""events.jsonl as it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from trainer.events import EventLog
+
+
+def test_each_event_is_one_line_with_its_time(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "run" / "events.jsonl")
+    log.write("step", step=1, loss=0.5, grad_norm=math.nan)
+    log.write("finished", reason="max_steps")
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["step", "finished"]
+    assert lines[0]["grad_norm"] is None
+    assert lines[0]["loss"] == 0.5
+    assert lines[1]["time"] > 1.7e9
+
+
+def test_after_a_killed_writer_the_next_event_stands_alone(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"event": "step", "step": 1}\n{"event": "st')
+    log = EventLog(file)
+    log.write("resumed", step=1)
+    log.close()
+    assert json.loads(file.read_text().splitlines()[-1])["event"] == "resumed"
