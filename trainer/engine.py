@@ -63,7 +63,7 @@ class Engine:
     """A module, its optimizer and its gradients, shared out over the ranks by DeepSpeed.
 
     Args:
-        module: called with a batch's tensors, returns ``(loss_sum, nll_sum)``.
+        module: called with a batch's tensors and the smoothing, returns ``(loss_sum, nll_sum)``.
         config: precision, ZeRO stage, Adam's constants and the clipping norm.
         world_size: ranks of the process group, which must be initialised.
         collective_timeout_s: longest wait of a collective before it is an error.
@@ -115,9 +115,9 @@ class Engine:
         """The wrapped module, with its parameters as this stage holds them."""
         return cast(nn.Module, self._engine.module)
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Run the module through DeepSpeed's hooks."""
-        return cast("tuple[Tensor, Tensor]", self._engine(*tensors))
+        return cast("tuple[Tensor, Tensor]", self._engine(*arguments))
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""

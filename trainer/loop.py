@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_shards.errors import RunFailedError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan, lanes_of_rank
 from data_shards.stream import StepBatches, Stream
-from model.transformer import Transformer, build
+from model.transformer import build
 from trainer import checkpoint
 from trainer.checkpoint import TrainState
 from trainer.config import RunConfig
@@ -32,21 +32,6 @@ log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 _MASK64 = (1 << 64) - 1
-
-
-class LossModule(nn.Module):
-    """The model with its loss, so that one forward call does all that gradients flow through."""
-
-    def __init__(self, model: Transformer, smoothing: float) -> None:
-        super().__init__()
-        self.model = model
-        self.smoothing = smoothing
-
-    def forward(
-        self, source_BS: Tensor, target_in_BT: Tensor, target_out_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``(loss_sum, nll_sum)`` over the batch's target tokens, in nats; float32 scalars."""
-        return self.model.training_loss(source_BS, target_in_BT, target_out_BT, self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ class Rank:
         model = build(config.model, self.manifest.vocabulary_size)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = Engine(
-            LossModule(model, config.trainer.label_smoothing).to(self.device),
+            model.to(self.device),
             config.trainer,
             world_size=world_size,
             device=self.device,
@@ -176,15 +161,13 @@ class Rank:
         for batch in batches.batches:
             # Dropout depends on the lane, not on who computes it: the same masks at any size.
             torch.manual_seed(_dropout_seed(config.seed, batches.step, batch.lane))
-            loss, nll = self.engine(
-                *self._move(batch.source_BS, batch.target_in_BT, batch.target_out_BT)
-            )
+            loss, nll = self._loss(batch.source_BS, batch.target_in_BT, batch.target_out_BT)
             self.engine.backward(loss, target_tokens=target_tokens)
             loss_sum += loss.detach()
             nll_sum += nll.detach()
             data_hash += batch.data_hash
         for _ in range(self._idle_passes(batches)):
-            loss, _ = self.engine(*self._move(*empty_batch()))
+            loss, _ = self._loss(*empty_batch())
             self.engine.backward(loss * 0.0, target_tokens=target_tokens)
         # The hash goes in two halves: sums of 32-bit integers are exact in float64.
         halves = (data_hash & _MASK64) >> 32, data_hash & 0xFFFFFFFF
@@ -265,7 +248,7 @@ class Rank:
             for turn in range(passes):
                 index = turn * self.world_size + self.rank
                 batch = batches[index] if index < len(batches) else empty_batch()
-                _, nll = self.engine(*self._move(*batch))
+                _, nll = self._loss(*batch)
                 if index < len(batches):
                     nll_sum += nll
         if self.world_size > 1:
@@ -294,8 +277,10 @@ class Rank:
         )
         reporter.saved(size, time.monotonic() - began)
 
-    def _move(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+    def _loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """``(loss_sum, nll_sum)`` of one micro-batch of CPU tensors."""
+        moved = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        return self.engine(*moved, self.config.trainer.label_smoothing)
 
 
 def train(
