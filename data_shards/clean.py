@@ -31,7 +31,8 @@ FILTERS = (
     "held_out",
 )
 
-# No SentencePiece piece is longer, so a sentence of n characters has at least n / 16 pieces.
+# No SentencePiece piece is longer, so a sentence of n characters has at least n / 16 pieces (but
+# for a run of unknown characters, which becomes one piece and teaches nothing either).
 LONGEST_PIECE_CHARACTERS = 16
 
 # C0 and C1 controls but the tab, and the two Unicode line separators: none belongs in a sentence,

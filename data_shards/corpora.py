@@ -182,14 +182,8 @@ def _open_files(config: DataConfig) -> Corpus:
         for side, name in (("source", source), ("target", target)):
             path = Path(name)
             check_text(path, f"data.{prefix}{side}")
-            status = path.stat()
             raw_files.append(
-                RawFile(
-                    file=name,
-                    bytes=status.st_size,
-                    sha256=file_sha256(path),
-                    mtime_ns=status.st_mtime_ns,
-                )
+                RawFile(file=name, bytes=path.stat().st_size, sha256=file_sha256(path))
             )
         paths[split] = (Path(source), Path(target))
     return Corpus(

@@ -85,12 +85,11 @@ class IndexEntry(_Entry):
 
 
 class RawFile(_Entry):
-    """A file the corpus was made from; ``mtime_ns`` only for the user's own files."""
+    """A file the corpus was made from: a name of the catalogue, or the path the user gave."""
 
     file: str
     bytes: int
     sha256: str
-    mtime_ns: int | None = None
 
 
 class ManifestData(_Entry):

@@ -254,8 +254,9 @@ def _already_prepared(folder: Path, config: DataConfig) -> bool:
             f"{', '.join(differences) or 'by another version'}. Set data.dir to another folder (or "
             "leave it out), or remove this one"
         )
-    for raw in data.raw_files:
-        if raw.mtime_ns is not None and _has_changed(Path(raw.file), raw):
+    prepared_ns = (folder / MANIFEST_NAME).stat().st_mtime_ns
+    for raw in data.raw_files if data.corpus == "files" else ():
+        if _has_changed(Path(raw.file), raw, prepared_ns):
             raise DataError(
                 f"{raw.file} has changed since {folder} was prepared from it: remove the folder to "
                 "prepare it again, or set data.dir to another one"
@@ -264,15 +265,19 @@ def _already_prepared(folder: Path, config: DataConfig) -> bool:
     return True
 
 
-def _has_changed(path: Path, raw: RawFile) -> bool:
-    """A text that is no longer there has not changed: prepared folders travel without it."""
+def _has_changed(path: Path, raw: RawFile, prepared_ns: int) -> bool:
+    """Whether a text is another one than at ``prepared_ns``; hashed only if it may be.
+
+    A text that is not there has not changed: prepared folders travel without it.
+    """
     try:
         status = path.stat()
     except OSError:
         return False
-    if (status.st_size, status.st_mtime_ns) == (raw.bytes, raw.mtime_ns):
-        return False
-    return file_sha256(path) != raw.sha256
+    if status.st_size != raw.bytes:
+        return True
+    # The inode's time, which also a copy that keeps the old modification time moves on.
+    return status.st_ctime_ns >= prepared_ns and file_sha256(path) != raw.sha256
 
 
 @contextlib.contextmanager
