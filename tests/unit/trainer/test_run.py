@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_shards.errors import UserError
+from tests.runs import make_run
+from trainer.events import EventLog
+from trainer.run import (
+    choose_checkpoints,
+    committed_checkpoints,
+    events_path,
+    load_model,
+    read_config,
+    read_events,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"), steps=(2, 4, 6))
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A copy whose files a test may damage."""
+    return shutil.copytree(trained, tmp_path / "runs" / "demo")
+
+
+def _weights(run_dir, step):
+    return run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+
+
+class TestConfig:
+    def test_the_configuration_comes_back_whole(self, trained):
+        config = read_config(trained)
+        assert config.to_json() == (trained / "config.json").read_text()
+
+    def test_a_missing_run_names_those_there_are(self, run_dir):
+        with pytest.raises(UserError, match=r"no such run: .*dmeo .*: demo$"):
+            read_config(run_dir.parent / "dmeo")
+
+    def test_without_any_run_the_mend_is_to_train(self, tmp_path):
+        with pytest.raises(UserError, match="babelray train"):
+            read_config(tmp_path / "runs" / "demo")
+
+    def test_an_unreadable_configuration_is_named(self, run_dir):
+        (run_dir / "config.json").write_text('{"model": ')
+        with pytest.raises(UserError, match=r"cannot be read: .*config\.json"):
+            read_config(run_dir)
+
+
+class TestEvents:
+    def _log(self, run_dir, *events):
+        log = EventLog(events_path(run_dir))
+        for event, values in events:
+            log.write(event, **values)
+        log.close()
+
+    def test_a_run_without_a_log_has_no_events(self, tmp_path):
+        assert read_events(tmp_path) == []
+
+    def test_a_cut_line_is_left_out_at_the_end_and_in_the_middle(self, tmp_path):
+        self._log(tmp_path, ("step", {"step": 1}))
+        with events_path(tmp_path).open("a") as stream:
+            stream.write('{"event": "step", "st')
+        assert [event["step"] for event in read_events(tmp_path)] == [1]
+        self._log(tmp_path, ("step", {"step": 2}))
+        assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
+
+    def test_what_a_resume_undid_is_dropped_and_the_later_value_wins(self, tmp_path):
+        self._log(
+            tmp_path,
+            ("started", {"step": 0}),
+            ("step", {"step": 10, "loss": 1.0}),
+            ("checkpoint", {"step": 10}),
+            ("step", {"step": 20, "loss": 2.0}),
+            ("validated", {"step": 25, "valid_nll": 9.0}),
+            ("step", {"step": 30, "loss": 3.0}),
+            ("resumed", {"step": 10}),
+            ("step", {"step": 20, "loss": 2.5}),
+        )
+        events = read_events(tmp_path)
+        assert [event["event"] for event in events] == [
+            "started", "step", "checkpoint", "resumed", "step",
+        ]  # fmt: skip
+        assert [e["loss"] for e in events if e["event"] == "step"] == [1.0, 2.5]
+
+    def test_a_step_logged_twice_without_a_resume_counts_once(self, tmp_path):
+        self._log(
+            tmp_path, ("step", {"step": 10, "loss": 1.0}), ("step", {"step": 10, "loss": 2.0})
+        )
+        assert [event["loss"] for event in read_events(tmp_path)] == [2.0]
+
+    def test_evaluations_of_later_checkpoints_survive_a_resume(self, tmp_path):
+        self._log(tmp_path, ("evaluated", {"step": 20, "bleu": 1.0}), ("resumed", {"step": 10}))
+        assert [event["event"] for event in read_events(tmp_path)] == ["evaluated", "resumed"]
+
+
+class TestChoice:
+    def test_only_committed_checkpoints_count(self, run_dir):
+        (run_dir / "checkpoints" / "step-00000006" / "COMMIT").unlink()
+        (run_dir / "checkpoints" / "notes").mkdir()
+        assert [step for step, _ in committed_checkpoints(run_dir)] == [2, 4]
+        assert choose_checkpoints(run_dir, "last")[0][0] == 4
+
+    def test_each_word(self, run_dir):
+        def steps(checkpoint):
+            return [step for step, _ in choose_checkpoints(run_dir, checkpoint)]
+
+        assert steps("best") == [6]  # nothing validated yet: the last
+        (run_dir / "best.json").write_text('{"step": 4, "valid_nll": 1.5}')
+        assert steps("best") == [4]
+        assert steps("last") == [6]
+        assert steps("2") == [2]
+        assert steps("average") == [2, 4, 6]
+        assert steps("average:2") == [4, 6]
+
+    @pytest.mark.parametrize("word", ["bset", "average:", "average:0", "best:2", "-1", "", "²"])
+    def test_another_word_is_refused(self, trained, word):
+        with pytest.raises(UserError, match="use best, last, average, average:N or a step"):
+            choose_checkpoints(trained, word)
+
+    def test_an_absent_step_names_those_there_are(self, trained):
+        with pytest.raises(UserError, match=r"no checkpoint of step 3.*: 2, 4, 6"):
+            choose_checkpoints(trained, "3")
+
+    def test_more_than_there_are_cannot_be_averaged(self, trained):
+        with pytest.raises(UserError, match="only 3 checkpoints"):
+            choose_checkpoints(trained, "average:4")
+
+    def test_a_run_without_checkpoints_says_so(self, run_dir):
+        shutil.rmtree(run_dir / "checkpoints")
+        with pytest.raises(UserError, match="no checkpoint yet"):
+            choose_checkpoints(run_dir, "best")
+
+    def test_a_best_checkpoint_that_is_gone_is_not_replaced_in_silence(self, run_dir):
+        (run_dir / "best.json").write_text('{"step": 3, "valid_nll": 1.5}')
+        with pytest.raises(UserError, match=r"best checkpoint .step 3. is gone.*--checkpoint last"):
+            choose_checkpoints(run_dir, "best")
+
+
+class TestModel:
+    def test_the_weights_are_the_files(self, trained):
+        loaded = load_model(trained, "4")
+        assert (loaded.step, loaded.label, loaded.steps) == (4, "4", (4,))
+        assert not loaded.model.training
+        expected = load_file(_weights(trained, 4))
+        state = loaded.model.state_dict()
+        assert set(state) == set(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+    def test_average_is_the_mean_of_the_last(self, trained):
+        loaded = load_model(trained, "average:2")
+        assert (loaded.step, loaded.label, loaded.steps) == (6, "average-2", (4, 6))
+        one, other = load_file(_weights(trained, 4)), load_file(_weights(trained, 6))
+        for name, weight in loaded.model.state_dict().items():
+            torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=0, atol=1e-7)
+
+    def test_a_truncated_file_is_told_with_both_sizes_and_the_mend(self, run_dir):
+        file = _weights(run_dir, 6)
+        content = file.read_bytes()
+        file.write_bytes(content[:-7])
+        pattern = f"{len(content)} bytes expected, {len(content) - 7} found; .*another step: 2, 4"
+        with pytest.raises(UserError, match=pattern):
+            load_model(run_dir, "last")
+
+    def test_a_flipped_bit_is_told_by_its_sha256(self, run_dir):
+        file = _weights(run_dir, 6)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"step-00000006.*sha256 .* expected, .* found"):
+            load_model(run_dir, "average")
+
+    def test_a_checkpoint_without_its_manifest_is_refused(self, run_dir):
+        (_weights(run_dir, 6).parent / "manifest.json").unlink()
+        with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
+            load_model(run_dir, "last")
+
+    def test_another_corpus_in_the_same_place_is_refused(self, run_dir):
+        file = read_config(run_dir).data.folder() / "manifest.json"
+        original = file.read_bytes()
+        try:
+            file.write_bytes(original + b"\n")
+            with pytest.raises(UserError, match="trained on another corpus"):
+                load_model(run_dir, "last")
+        finally:
+            file.write_bytes(original)
+
+    def test_weights_of_another_shape_are_refused_by_name(self, run_dir):
+        config = json.loads((run_dir / "config.json").read_text())
+        config["model"]["d_ff"] = 32
+        (run_dir / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"does not fit the run's configuration: .* has shape"):
+            load_model(run_dir, "last")

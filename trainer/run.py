@@ -1,0 +1,318 @@
+"""A run's folder: where its files lie, what it logged, and its model as any checkpoint left it.
+
+Layout:
+
+    config.json                      the resolved configuration
+    events.jsonl                     one JSON object a line: logged steps and events
+    best.json                        {"step", "valid_nll"}: the best validation so far
+    checkpoints/step-00001000/       model.safetensors, state.json, manifest.json, COMMIT, ...
+    evaluation/<test set>-<checkpoint>.json
+    report.html
+
+Everything here only reads and needs no process group, so a laptop can look into a cluster's run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_shards.errors import UserError
+from data_shards.manifest import Manifest
+from data_shards.vocabulary import Vocabulary
+from model.transformer import Transformer, build
+from trainer.average import average_weights
+from trainer.checkpoint import MANIFEST, STATE, WEIGHTS, committed, sha256_of
+from trainer.config import RunConfig, parse_config
+
+# How many checkpoints "average" takes (the paper's number for the base models).
+AVERAGED_CHECKPOINTS = 5
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with all that decoding needs.
+
+    ``label`` is the checkpoint as it was asked for, fit for a file name (``average:3`` is
+    ``average-3``); ``steps`` are the checkpoints that the weights are the mean of.
+    """
+
+    model: Transformer
+    config: RunConfig
+    manifest: Manifest
+    vocabulary: Vocabulary
+    step: int
+    label: str
+    steps: tuple[int, ...]
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where the run's checkpoints lie."""
+    return run_dir / "checkpoints"
+
+
+def events_path(run_dir: Path) -> Path:
+    """The run's log of steps and events."""
+    return run_dir / "events.jsonl"
+
+
+def evaluation_dir(run_dir: Path) -> Path:
+    """Where evaluations' results and hypotheses lie."""
+    return run_dir / "evaluation"
+
+
+def report_path(run_dir: Path) -> Path:
+    """The run's page."""
+    return run_dir / "report.html"
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration that the run was started with.
+
+    Raises:
+        UserError: there is no such run (the message names those there are), or its
+            ``config.json`` is unreadable.
+    """
+    file = run_dir / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(_no_such_run(run_dir)) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the run's configuration cannot be read: {file}: {error}: restore the file from a copy"
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(f"the run's configuration is not a JSON object: {file}")
+    return parse_config(values, where=str(file))
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """What the run logged, oldest first, as one history without the parts that were undone.
+
+    A run that resumes from step s logs the steps after s anew: what was logged after s before is
+    dropped, and of one step logged twice the later wins. A line cut short by a crash is left out.
+    """
+    try:
+        text = events_path(run_dir).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    events: list[dict[str, Any]] = []
+    for line in text.split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(event, dict) or "event" not in event:
+            continue
+        if event["event"] == "resumed" and isinstance(event.get("step"), int):
+            start = event["step"]
+            events = [e for e in events if not (_is_progress(e) and e.get("step", 0) > start)]
+        events.append(event)
+    last = {
+        (event["event"], event.get("step")): index
+        for index, event in enumerate(events)
+        if _is_progress(event)
+    }
+    return [
+        event
+        for index, event in enumerate(events)
+        if not _is_progress(event) or last[event["event"], event.get("step")] == index
+    ]
+
+
+def committed_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """``(step, folder)`` of every checkpoint that was written to its end, oldest first."""
+    return committed(run_dir)
+
+
+def load_model(
+    run_dir: Path, checkpoint: str = "best", *, device: str | torch.device = "cpu"
+) -> LoadedModel:
+    """The run's model as a checkpoint left it, ready to decode.
+
+    Args:
+        run_dir: the run's folder.
+        checkpoint: ``best`` (by validation), ``last``, ``average`` (the mean of the last 5, or of
+            as many as there are), ``average:N`` (the last N), or a step.
+        device: where the weights go.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged or foreign file, no prepared corpus.
+    """
+    config = read_config(run_dir)
+    chosen = choose_checkpoints(run_dir, checkpoint)
+    manifest = Manifest.load(config.data.folder())
+    vocabulary = Vocabulary.load(manifest.vocabulary_path)
+    for _, folder in chosen:
+        _verify_weights(run_dir, folder)
+    _check_corpus(chosen[-1][1], manifest)
+    weights = average_weights([folder / WEIGHTS for _, folder in chosen])
+    model = build(config.model, manifest.vocabulary_size)
+    _fill(model, weights, chosen[-1][1] / WEIGHTS)
+    model.to(device)
+    model.eval()
+    return LoadedModel(
+        model=model,
+        config=config,
+        manifest=manifest,
+        vocabulary=vocabulary,
+        step=chosen[-1][0],
+        label=checkpoint.replace(":", "-"),
+        steps=tuple(step for step, _ in chosen),
+    )
+
+
+def choose_checkpoints(run_dir: Path, checkpoint: str) -> list[tuple[int, Path]]:
+    """The committed checkpoints that ``checkpoint`` stands for, oldest first: several to average.
+
+    Raises:
+        UserError: the word is unknown, or the run has no such checkpoint (yet).
+    """
+    committed = committed_checkpoints(run_dir)
+    kind, colon, number = checkpoint.partition(":")
+    is_number = number.isascii() and number.isdigit()
+    is_known = (
+        (kind in {"best", "last", "average"} and not colon)
+        or (kind == "average" and is_number and int(number) > 0)
+        or (kind.isascii() and kind.isdigit() and not colon)
+    )
+    if not is_known:
+        raise UserError(
+            f"unknown checkpoint {checkpoint!r}: use best, last, average, average:N or a step"
+        )
+    if not committed:
+        raise UserError(
+            f"the run {run_dir} has no checkpoint yet: train it further (a checkpoint is written "
+            "every trainer.checkpoint_every steps and at the end)"
+        )
+    if kind == "average":
+        wanted = int(number) if colon else AVERAGED_CHECKPOINTS
+        if colon and wanted > len(committed):
+            raise UserError(
+                f"{checkpoint}: the run {run_dir} has only {len(committed)} checkpoints "
+                f"({_steps(committed)}): average fewer, or train with a larger "
+                "trainer.keep_checkpoints"
+            )
+        return committed[-wanted:]
+    by_step = dict(committed)
+    if kind == "last":
+        return committed[-1:]
+    if kind == "best":
+        step = _best_step(run_dir)
+        if step is None:
+            return committed[-1:]
+        if step not in by_step:
+            raise UserError(
+                f"the best checkpoint (step {step}) is gone from {checkpoints_dir(run_dir)}: "
+                f"give --checkpoint last, or a step of: {_steps(committed)}"
+            )
+        return [(step, by_step[step])]
+    step = int(kind)
+    if step not in by_step:
+        raise UserError(
+            f"the run {run_dir} has no checkpoint of step {step}: "
+            f"give --checkpoint with a step of: {_steps(committed)}"
+        )
+    return [(step, by_step[step])]
+
+
+def _is_progress(event: dict[str, Any]) -> bool:
+    """Whether training again from an earlier step would log this event again."""
+    return event["event"] in {"step", "validated", "checkpoint"}
+
+
+def _no_such_run(run_dir: Path) -> str:
+    try:
+        others = sorted(
+            path.name for path in run_dir.parent.iterdir() if (path / "config.json").is_file()
+        )
+    except OSError:
+        others = []
+    listed = (
+        f"runs in {run_dir.parent}: {', '.join(others)}"
+        if others
+        else (f"there are no runs in {run_dir.parent}: start one with babelray train")
+    )
+    return f"no such run: {run_dir} holds no config.json; {listed}"
+
+
+def _steps(committed: list[tuple[int, Path]]) -> str:
+    return ", ".join(str(step) for step, _ in committed)
+
+
+def _best_step(run_dir: Path) -> int | None:
+    file = run_dir / "best.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}): give --checkpoint last or a step"
+        ) from None
+
+
+def _verify_weights(run_dir: Path, folder: Path) -> None:
+    """Compare the weights with the size and sha256 that the checkpoint's manifest holds."""
+    file = folder / WEIGHTS
+    others = [item for item in committed_checkpoints(run_dir) if item[1] != folder]
+    mend = (
+        f"give --checkpoint with another step: {_steps(others)}"
+        if others
+        else "the run has no other checkpoint: train it further"
+    )
+    manifest_file = folder / MANIFEST
+    try:
+        entry = json.loads(manifest_file.read_text(encoding="utf-8"))["files"][WEIGHTS]
+        expected_bytes, expected_sha256 = int(entry["bytes"]), str(entry["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest_file} is missing or damaged ({error}); {mend}") from None
+    try:
+        num_bytes = file.stat().st_size
+        if num_bytes != expected_bytes:
+            raise UserError(
+                f"{file} is damaged: {expected_bytes} bytes expected, {num_bytes} found; {mend}"
+            )
+        found_sha256 = sha256_of(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); {mend}") from None
+    if found_sha256 != expected_sha256:
+        raise UserError(
+            f"{file} is damaged: sha256 {expected_sha256} expected, {found_sha256} found; {mend}"
+        )
+
+
+def _check_corpus(folder: Path, manifest: Manifest) -> None:
+    """With another vocabulary the same weights would translate into nonsense."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        trained_on = str(state["settings"]["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / STATE} is missing or damaged ({error}); give another --checkpoint"
+        ) from None
+    if trained_on != manifest.sha256:
+        raise UserError(
+            f"{folder} was trained on another corpus than the one in {manifest.folder}: its "
+            f"manifest had sha256 {trained_on}, this one has {manifest.sha256}. Put the corpus of "
+            "the run back there"
+        )
+
+
+def _fill(model: Transformer, weights: dict[str, Tensor], file: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{file} does not fit the run's configuration: "
+                f"{name} has shape {found.get(name, 'none')} in the file, "
+                f"{expected.get(name, 'none')} in the model; restore the run's config.json"
+            )
+    model.load_state_dict(weights)
