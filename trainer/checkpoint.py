@@ -124,14 +124,14 @@ def save(
 
 
 def _commit(folder: Path, step: int) -> int:
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _fsync(file)
         name = file.relative_to(folder).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     write_atomically(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
     write_atomically(folder / COMMIT, f"{sha256_of(folder / MANIFEST)}\n")
-    return sum(int(entry["bytes"]) for entry in files.values())
+    return sum(entry["bytes"] for entry in files.values())
 
 
 def problems(folder: Path) -> list[str]:

@@ -63,7 +63,7 @@ def learning_rate(config: TrainerConfig, step: int, *, d_model: int, decay: Deca
     peak = config.peak_learning_rate
     if peak is None:
         peak = (d_model * config.warmup_steps) ** -0.5
-    rate = peak * min(step / config.warmup_steps, (config.warmup_steps / step) ** 0.5)
+    rate: float = peak * min(step / config.warmup_steps, (config.warmup_steps / step) ** 0.5)
     if decay is not None and step > decay.start:
         # The last update still moves: it is number `end` and gets one share of the way.
         rate *= max(0.0, (decay.end + 1 - step) / (decay.end + 1 - decay.start))
