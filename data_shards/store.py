@@ -231,7 +231,7 @@ def _default_cache_dir() -> Path:
 def _has_size(path: Path, num_bytes: int) -> bool:
     try:
         return path.stat().st_size == num_bytes
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
