@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from data_shards.errors import UserError
 
-# Errors in code or configuration: they come again at the same place after every restart.
-_BUGS = (
+# Errors of the input, the configuration or the code: after a restart they come again at the same
+# place.
+_HOPELESS = (
+    UserError,
     AssertionError,
     AttributeError,
     ImportError,
@@ -21,10 +23,13 @@ _BUGS = (
 
 def hopeless(errors: Iterable[BaseException]) -> BaseException | None:
     """The error that a restart of the workers would meet again, if there is one."""
-    found = [error for error in errors if isinstance(error, UserError | _BUGS)]
-    return next((error for error in found if isinstance(error, UserError)), None) or next(
-        iter(found), None
-    )
+    errors = list(errors)
+    for error in errors:
+        if isinstance(error, UserError):
+            return error
+    if any(_is_dead(error) for error in errors):
+        return None  # whatever the others met followed from it
+    return next((error for error in errors if isinstance(error, _HOPELESS)), None)
 
 
 def summarize(failures: Mapping[int, BaseException]) -> str:

@@ -156,6 +156,11 @@ def write_config(config: RunConfig, run_dir: Path) -> None:
     temporary.replace(run_dir / "config.json")
 
 
+def logs_dir(run_dir: Path) -> Path:
+    """Where workers, driver and controller of a run leave their logs."""
+    return run_dir / "logs"
+
+
 @contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
     """Hold the run's folder: two drivers on one run would overwrite each other's checkpoints.

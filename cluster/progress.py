@@ -59,7 +59,7 @@ class Narrator:
             return None
         if isinstance(event.get("step"), int):
             self.last_step = event["step"]
-        text: str = teller(event)
+        text: str | None = teller(event)
         return text
 
     def _step(self, event: dict[str, Any]) -> str:
@@ -91,9 +91,10 @@ class Narrator:
         self._previous = None
         return f"resumed from step {event.get('step')}"
 
-    def _worker_failed(self, event: dict[str, Any]) -> str:
-        mend = "" if event.get("final") else "; restarting from the last checkpoint"
-        return f"failed: {event['message']}{mend}"
+    def _worker_failed(self, event: dict[str, Any]) -> str | None:
+        if event.get("final"):
+            return None  # the error message that follows says it
+        return f"failed: {event['message']}; restarting from the last checkpoint"
 
     def _finished(self, event: dict[str, Any]) -> str:
         self.reason = event.get("reason")

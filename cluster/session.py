@@ -42,7 +42,12 @@ _ENVIRONMENT = {
 # A Ray of our own listens on the loopback interface alone: without this, its ports are open to the
 # network, and whoever reaches them can run code here. (The name is Ray's, the effect is the same on
 # Linux.) With nobody else able to connect, the dashboard needs no token.
-_LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+_LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "disabled",
+    # Nobody gives notice before taking a laptop away; the watcher costs a process.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
 
 @dataclass(frozen=True)

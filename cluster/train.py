@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from typing import Any
 
 from cluster import session
 from cluster.failures import explain
-from cluster.naming import claim, write_config
+from cluster.naming import claim, logs_dir, write_config
 from cluster.progress import Narrator, Tail
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import RunConfig
@@ -74,10 +75,14 @@ def start(
     check_lanes(config, workers)
     with claim(run_dir):
         write_config(config, run_dir)
+        logs_dir(run_dir).mkdir(exist_ok=True)
         stop_file = run_dir / "stop"
         stop_file.unlink(missing_ok=True)
         threads = config.trainer.threads
         with (
+            (logs_dir(run_dir) / "driver.log").open("a", encoding="utf-8") as log,
+            # Ray prints the deaths of processes on standard output, which is for results.
+            redirect_stdout(log),
             _Interrupts(stop_file, say) as interrupts,
             session.connect(
                 min_cpus=workers or 1, threads=threads, dashboard_port=dashboard_port
@@ -93,7 +98,7 @@ def start(
             narrator = Narrator(config)
             tails = (
                 Tail(run_dir / "events.jsonl"),
-                Tail(run_dir / "logs" / "failures.jsonl"),
+                Tail(logs_dir(run_dir) / "failures.jsonl"),
             )
 
             def tell() -> None:
@@ -174,9 +179,8 @@ def _trainer(
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cluster.worker import FailureCallback, Task, logs_dir, work
+    from cluster.worker import FailureCallback, Task, work
 
-    logs_dir(run_dir).mkdir(parents=True, exist_ok=True)
     threads = session.worker_threads(workers, config.trainer.threads)
     task = Task(config, run_dir, threads, commanded_at, train)
     # A Ray of our own hands its environment down. Elsewhere the workers need theirs set, at the
@@ -257,7 +261,7 @@ class _Interrupts:
 
 
 def _failed(error: BaseException, name: str, run_dir: Path) -> RunFailedError:
-    log = run_dir / "logs" / "driver.log"
+    log = logs_dir(run_dir) / "driver.log"
     with log.open("a", encoding="utf-8") as stream:
         stream.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
         stream.writelines(traceback.format_exception(error))

@@ -14,6 +14,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from cluster.failures import hopeless, summarize
+from cluster.naming import logs_dir
 from trainer.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,6 @@ class Task:
     threads: int
     commanded_at: float
     train: Callable[..., object] | None = None
-
-
-def logs_dir(run_dir: Path) -> Path:
-    """Where workers, driver and controller of a run leave their logs."""
-    return run_dir / "logs"
 
 
 def failures_path(run_dir: Path) -> Path:
