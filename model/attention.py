@@ -108,15 +108,14 @@ def _weights(query_NTK: Tensor, key_NSK: Tensor, mask: Tensor | None, num_heads:
     return scores_NTS.to(query_NTK.dtype)
 
 
-def explicit_attention(
-    query_BHTK: Tensor, key_BHSK: Tensor, value_BHSK: Tensor, mask: Tensor | None
-) -> Tensor:
-    """The same in explicit steps, without gradients; for decoding on a CPU."""
+def attend(query_BHTK: Tensor, key_BHSK: Tensor, value_BHSK: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of heads that are split already, by what is fastest; for decoding, no gradients."""
     num_batch, num_heads, num_queries, width = query_BHTK.shape
-    key_NSK = key_BHSK.flatten(0, 1)
+    if not use_explicit(query_BHTK.device, num_queries, key_BHSK.size(2)):
+        return fused_attention(query_BHTK, key_BHSK, value_BHSK, mask)
+    key_NSK, value_NSK = key_BHSK.flatten(0, 1), value_BHSK.flatten(0, 1)
     weights_NTS = _weights(query_BHTK.flatten(0, 1), key_NSK, mask, num_heads)
-    output_NTK = torch.bmm(weights_NTS, value_BHSK.flatten(0, 1))
-    return output_NTK.view(num_batch, num_heads, num_queries, width)
+    return torch.bmm(weights_NTS, value_NSK).view(num_batch, num_heads, num_queries, width)
 
 
 def split_heads(packed_BLC: Tensor, num_heads: int, width: int) -> Tensor:
@@ -280,3 +279,32 @@ class MultiHeadAttention(nn.Module):
     def heads(self, inputs_BLD: Tensor) -> Tensor:
         """[B, L, D] to [B, H, L, K] (a view)."""
         return split_heads(inputs_BLD, self.num_heads, self.width)[0]
+
+    def step(self, inputs_N1D: Tensor, cache_2NHSK: Tensor, position: int) -> Tensor:
+        """Self-attention of one new position over itself and those in the cache, without gradients.
+
+        The new position's key and value are written to ``cache_2NHSK`` at ``position``.
+        """
+        parts_3NH1K = split_heads(self.query_key_value(inputs_N1D), self.num_heads, self.width)
+        cache_2NHSK[:, :, :, position] = parts_3NH1K[1:, :, :, 0]
+        key, value = cache_2NHSK[:, :, :, : position + 1]
+        return self.output(join_heads(attend(parts_3NH1K[0], key, value, None)))  # type: ignore[no-any-return]
+
+    def memory_heads(self, memory_BSD: Tensor) -> Tensor:
+        """Keys and values [2, B, H, S, K] of the memory, made once for all steps."""
+        packed_BSC = self.key_value(memory_BSD)
+        return split_heads(packed_BSC, self.num_heads, self.width).contiguous()
+
+    def step_over(
+        self, inputs_N1D: Tensor, memory_2BHSK: Tensor, memory_mask: Tensor | None
+    ) -> Tensor:
+        """Attention of one new position of every hypothesis over its sentence's memory.
+
+        The N / B hypotheses of one sentence are rows that follow each other; they are treated as
+        that many queries, so that keys and values exist once a sentence.
+        """
+        num_batch = memory_2BHSK.size(1)
+        query_BTD = self.query(inputs_N1D).view(num_batch, -1, inputs_N1D.size(-1))
+        key, value = memory_2BHSK
+        joined_BTD = join_heads(attend(self.heads(query_BTD), key, value, memory_mask))
+        return self.output(joined_BTD.view_as(inputs_N1D))  # type: ignore[no-any-return]

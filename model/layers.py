@@ -197,3 +197,24 @@ class DecoderLayer(_Layer):
             lambda x: self.cross(x, memory_BSD, memory_mask, record=cross_record),
         )
         return self.residual(states_BTD, self.feed_forward_norm, self.feed_forward)
+
+    def step(
+        self,
+        states_N1D: Tensor,
+        cache_2NHTK: Tensor,
+        position: int,
+        memory_2BHSK: Tensor,
+        memory_mask: Tensor | None,
+    ) -> Tensor:
+        """One new position of every hypothesis, without gradients; see ``MultiHeadAttention``."""
+        states_N1D = self.residual(
+            states_N1D,
+            self.attention_norm,
+            lambda x: self.attention.step(x, cache_2NHTK, position),
+        )
+        states_N1D = self.residual(
+            states_N1D,
+            self.cross_norm,
+            lambda x: self.cross.step_over(x, memory_2BHSK, memory_mask),
+        )
+        return self.residual(states_N1D, self.feed_forward_norm, self.feed_forward)

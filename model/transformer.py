@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.attention import padding_mask
 from model.config import ModelConfig
+from model.decoding import DecoderState
 from model.layers import DecoderLayer, EncoderLayer, Positions, VocabularyMatrix
 from model.loss import PAD_ID
 
@@ -102,6 +103,29 @@ class Transformer(nn.Module):
             self._decode(target_in_BT, memory_BSD, mask, maps["decoder"], maps["cross"])
         return {name: torch.stack(layers) for name, layers in maps.items()}
 
+    def start(self, source_BS: Tensor, num_hypotheses: int) -> DecoderState:
+        """Encode, and open the caches for decoding ``num_hypotheses`` a sentence; no gradients."""
+        memory_BSD, mask = self._encode(source_BS)
+        layers = [_decoder_layer(layer) for layer in self.decoder]
+        memory = torch.stack([layer.cross.memory_heads(memory_BSD) for layer in layers])
+        return DecoderState(memory, mask, num_hypotheses)
+
+    def step(self, ids_N: Tensor, state: DecoderState) -> Tensor:
+        """Logits [N, V] of the piece after ``ids_N``, the newest of every hypothesis.
+
+        ``state`` takes the position in. Rows are sentences' hypotheses, one sentence after the
+        other; no gradients.
+        """
+        embedded_N1D = self._matrix("target", ids_N[:, None], "embed")
+        states_N1D = self.target_positions(embedded_N1D, state.length)
+        state.reserve()
+        for index, layer in enumerate(self.decoder):
+            states_N1D = _decoder_layer(layer).step(
+                states_N1D, state.cache[index], state.length, state.memory[index], state.mask
+            )
+        state.length += 1
+        return self.project(self.decoder_norm(states_N1D)[:, 0])
+
     def _encode(
         self, source_BS: Tensor, record: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +151,11 @@ class Transformer(nn.Module):
         for layer in self.decoder:
             states_BTD = layer(states_BTD, memory_BSD, memory_mask, record, cross_record)
         return self.decoder_norm(states_BTD)  # type: ignore[no-any-return]
+
+
+def _decoder_layer(layer: nn.Module) -> DecoderLayer:
+    assert isinstance(layer, DecoderLayer)
+    return layer
 
 
 def build(config: ModelConfig, vocab_size: int) -> Transformer:
