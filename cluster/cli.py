@@ -14,7 +14,7 @@ import click
 from data_shards.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.config import EvaluationConfig, RunConfig
+    from trainer.config import EvaluationConfig
 
 _INTERRUPTED = 130
 
@@ -157,9 +157,11 @@ def data_verify(data_dir: Path) -> None:
     Example:
       babelray data verify data/embedded-en-de-1a2b3c4d
     """
-    from data_shards.shards import verify
+    from data_shards.audit import verify
 
-    verify(data_dir)
+    problems = verify(data_dir)
+    if problems:
+        raise UserError("\n  ".join([f"{data_dir} is damaged:", *problems]))
     click.echo(f"{data_dir}: every file is as its manifest says")
 
 
@@ -173,13 +175,13 @@ def data_stats(data_dir: Path, as_json: bool) -> None:
     Example:
       babelray data stats data/embedded-en-de-1a2b3c4d
     """
-    from data_shards.shards import statistics
+    from data_shards.audit import format_statistics, statistics
 
-    numbers = _plain(statistics(data_dir))
+    numbers = statistics(data_dir)
     if as_json:
-        _print_json(numbers)
+        _print_json(dataclasses.asdict(numbers))
     else:
-        _print_table(numbers)
+        click.echo(format_statistics(numbers))
 
 
 @cli.command()
@@ -198,6 +200,9 @@ def data_stats(data_dir: Path, as_json: bool) -> None:
     help="Go on with the run --name from its last checkpoint, with its own configuration unless "
     "--config is given.",
 )
+@click.option(
+    "--overwrite", is_flag=True, help="Begin anew: remove what an earlier run of this name left."
+)
 @_runs_option
 @_mirror_option
 @click.option(
@@ -213,6 +218,7 @@ def train(
     name: str | None,
     workers: int | None,
     resume: bool,
+    overwrite: bool,
     runs: Path,
     mirror: str | None,
     dashboard_port: int | None,
@@ -230,19 +236,34 @@ def train(
       babelray train --config configs/tiny.yaml --set trainer.peak_learning_rate=2e-3
       babelray train --name demo --resume --set trainer.max_steps=2000
     """
+    if resume and overwrite:
+        raise click.UsageError("give --resume or --overwrite, not both")
     from cluster import naming
     from cluster.train import check_lanes, start
 
     config, name = naming.open_run(
-        config_file, _with_mirror(settings, mirror), name, runs=runs, resume=resume
+        config_file,
+        _with_mirror(settings, mirror),
+        name,
+        runs=runs,
+        resume=resume,
+        overwrite=overwrite,
     )
     check_lanes(config, workers)
-    _prepare_if_missing(config)
+    from data_shards.shards import prepare
+
+    prepare(config.data, progress=_say)  # at once, if it is prepared already
     outcome = start(
-        config, name, runs=runs, workers=workers, dashboard_port=dashboard_port, say=_say
+        config,
+        name,
+        runs=runs,
+        workers=workers,
+        overwrite=overwrite,
+        dashboard_port=dashboard_port,
+        say=_say,
     )
     if as_json:
-        _print_json({"run": name, **_plain(outcome)})
+        _print_json({"run": name, **dataclasses.asdict(outcome)})
     if outcome.signal is not None:
         _say(f"stopped at step {outcome.step}; go on: babelray train --name {name} --resume")
         raise click.exceptions.Exit(128 + outcome.signal)
@@ -266,6 +287,13 @@ def train(
 @click.option(
     "--reference", type=click.Path(path_type=Path), metavar="FILE", help="Their translations."
 )
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also show N sentences with their translation and the reference.",
+)
 @_set_option
 @_runs_option
 @_json_option
@@ -275,6 +303,7 @@ def evaluate(
     test_set: Literal["test", "valid"] | None,
     source: Path | None,
     reference: Path | None,
+    samples: int,
     settings: tuple[str, ...],
     runs: Path,
     as_json: bool,
@@ -318,7 +347,15 @@ def evaluate(
         f"{result.num_sentences} sentences of {result.test_set}, checkpoint {result.checkpoint} "
         f"(step {steps}), beam {result.beam}, {result.seconds:.1f} s"
     )
-    click.echo(f"hypotheses: {result.file.with_name(result.hypotheses)}")
+    hypotheses = result.file.with_name(result.hypotheses)
+    click.echo(f"hypotheses: {hypotheses}")
+    if samples:
+        from cluster.samples import pick
+
+        for sample in pick(run_dir, result, samples):
+            click.echo()
+            for kind, text in sample._asdict().items():
+                click.echo(f"{kind:>10}  {text}")
 
 
 @cli.command()
@@ -383,17 +420,6 @@ def _with_mirror(settings: tuple[str, ...], mirror: str | None) -> tuple[str, ..
     return settings if mirror is None else (*settings, f"data.mirror={json.dumps(mirror)}")
 
 
-def _prepare_if_missing(config: RunConfig) -> None:
-    """Prepare the corpus unless its folder is there; a damaged one is the stream's to report."""
-    folder = config.data.folder()
-    if (folder / "manifest.json").is_file():
-        return
-    from data_shards.shards import prepare
-
-    _say(f"preparing the corpus in {folder}")
-    prepare(config.data, progress=_say)
-
-
 def _evaluation(run_dir: Path, settings: tuple[str, ...]) -> EvaluationConfig:
     """The run's own search settings, with what the command line changes."""
     from trainer.config import load_config
@@ -402,22 +428,6 @@ def _evaluation(run_dir: Path, settings: tuple[str, ...]) -> EvaluationConfig:
         if not setting.startswith("evaluation."):
             raise UserError(f"--set {setting}: only evaluation.… can be set for a run that exists")
     return load_config(run_dir / "config.json", settings).evaluation
-
-
-def _plain(value: Any) -> Any:
-    """A result as JSON knows it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
-
-
-def _print_table(numbers: dict[str, Any], prefix: str = "") -> None:
-    for key, value in numbers.items():
-        if isinstance(value, dict):
-            _print_table(value, f"{prefix}{key}.")
-        else:
-            shown = f"{value:,}" if isinstance(value, int | float) else value
-            click.echo(f"{prefix + key:<40} {shown}")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from data_shards.errors import UserError
 from trainer.config import RunConfig, load_config, parse_config
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+_LOCK = ".lock"
 
 # What may differ between a run and its resume. Everything else decides which numbers a step
 # computes, and a changed value would make the run's config.json and curves tell an untruth.
@@ -79,6 +82,7 @@ def open_run(
     *,
     runs: Path,
     resume: bool,
+    overwrite: bool = False,
 ) -> tuple[RunConfig, str]:
     """Settle what to train and under which name; nothing is written.
 
@@ -104,10 +108,10 @@ def open_run(
     if name is None:
         return config, new_name(config_file)
     taken = runs / name
-    if (taken / "config.json").exists() or (taken / "checkpoints").exists():
+    if not overwrite and any((taken / kept).exists() for kept in ("config.json", "checkpoints")):
         raise UserError(
             f"the run {name} exists already ({taken}): continue it with --resume, "
-            "choose another --name, or remove the folder"
+            "choose another --name, or begin anew with --overwrite"
         )
     return config, name
 
@@ -156,6 +160,15 @@ def write_config(config: RunConfig, run_dir: Path) -> None:
     temporary.replace(run_dir / "config.json")
 
 
+def clear(run_dir: Path) -> None:
+    """Remove what an earlier run left in a folder that is claimed."""
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
 def logs_dir(run_dir: Path) -> Path:
     """Where workers, driver and controller of a run leave their logs."""
     return run_dir / "logs"
@@ -171,7 +184,7 @@ def claim(run_dir: Path) -> Iterator[None]:
         UserError: another process trains the run now.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+", encoding="utf-8") as lock:
+    with (run_dir / _LOCK).open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

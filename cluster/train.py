@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster import session
 from cluster.failures import explain
-from cluster.naming import claim, logs_dir, write_config
+from cluster.naming import claim, clear, logs_dir, write_config
 from cluster.progress import Narrator, Tail
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import RunConfig
@@ -49,6 +49,7 @@ def start(
     *,
     runs: Path,
     workers: int | None = None,
+    overwrite: bool = False,
     dashboard_port: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     train: Callable[..., object] | None = None,
@@ -62,6 +63,7 @@ def start(
         name: the run's name, its folder under ``runs``.
         runs: the folder of runs; on a cluster, storage that all machines share.
         workers: ranks; by default one a GPU, or one where there is none.
+        overwrite: remove what an earlier run of this name left.
         dashboard_port: for the page of a Ray of our own; by default the first free one.
         say: takes each line for the person who watches.
         train: replaces ``trainer.loop.train``, for tests.
@@ -74,6 +76,8 @@ def start(
     run_dir = (runs / name).absolute()
     check_lanes(config, workers)
     with claim(run_dir):
+        if overwrite:
+            clear(run_dir)
         write_config(config, run_dir)
         logs_dir(run_dir).mkdir(exist_ok=True)
         stop_file = run_dir / "stop"

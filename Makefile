@@ -1,0 +1,147 @@
+# Thin lines over the command `babelray`; see `make help`.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+# What a user may set: make train CONFIG=configs/base.yaml NAME=first WORKERS=4
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/tiny.yaml
+NAME ?=
+WORKERS ?=
+CHECKPOINT ?= best
+INPUT ?= -
+SET ?=
+PYTEST ?=
+
+BIN := $(VENV)/bin
+BABELRAY := $(BIN)/babelray
+LOCK := requirements.lock
+STAMP := $(VENV)/.installed
+
+settings = $(foreach setting,$(SET),--set $(setting))
+need_name = $(if $(NAME),,$(error NAME is missing: which run? For example: make $@ NAME=demo))
+TRAIN = $(BABELRAY) train $(settings) $(if $(NAME),--name $(NAME)) $(if $(WORKERS),--workers $(WORKERS))
+
+.PHONY: help
+help: ## Show this list
+	@echo "Usage: make TARGET [VARIABLE=value ...]"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+		| awk 'BEGIN {FS = ":.*## "} {printf "  %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "Variables (with what they are now):"
+	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
+	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  PYTHON=$(PYTHON)  VENV=$(VENV)"
+	@echo "  PYTEST='...' (arguments for pytest)"
+
+.PHONY: setup
+setup: $(STAMP) ## Make the virtual environment .venv with exactly the locked versions
+
+# Without an NVIDIA GPU the CPU build of torch is enough, and on Linux gigabytes smaller; it lies on
+# PyTorch's own index. Where that cannot be reached, pip's own index has to do.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+# Keyed on what decides the environment: the locked versions and the package's own metadata.
+# DeepSpeed comes as source: it is built without torch and compiles none of its operators.
+$(STAMP): $(LOCK) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: error: $(PYTHON) not found:" \
+		"name an interpreter, as in make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make setup: error: babelray needs Python 3.11 or newer, not $$($(PYTHON) --version):" \
+		"name one, as in make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(BIN)/python -c '' 2>/dev/null || { echo "making $(VENV) with $$($(PYTHON) --version)"; \
+		rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { \
+		echo "make setup: error: $(PYTHON) cannot make a virtual environment" \
+		"(Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@echo "installing $$(grep -c == $(LOCK)) locked packages (the first time takes minutes)"
+	@index=; if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null \
+		&& curl -sfI --max-time 5 $(CPU_INDEX)/torch/ >/dev/null 2>&1; \
+		then index="--extra-index-url $(CPU_INDEX)"; fi; \
+		DS_BUILD_OPS=0 $(PIP) install --quiet $$index --requirement $(LOCK)
+	@$(PIP) install --quiet --no-deps --editable .
+	@$(PIP) check
+	@touch $@
+
+.PHONY: demo
+demo: setup ## Train a small model in minutes; print BLEU, translations and the page to look at
+	@echo "== 1 of 4: the corpus, generated here"
+	@$(BABELRAY) data prepare --config configs/tiny.yaml
+	@echo; echo "== 2 of 4: train a small Transformer on two workers (runs/demo)"
+	@$(BABELRAY) train --config configs/tiny.yaml --name demo --workers 2 --overwrite
+	@echo; echo "== 3 of 4: BLEU on sentences that it never saw, by beam search"
+	@$(BABELRAY) evaluate demo --samples 5
+	@echo; echo "== 4 of 4: the page with curves, attention and samples"
+	@$(BABELRAY) report demo
+
+.PHONY: data
+data: setup ## Prepare the corpus of CONFIG
+	@$(BABELRAY) data prepare --config $(CONFIG) $(settings)
+
+.PHONY: train
+train: setup ## Train CONFIG as run NAME with WORKERS workers (each optional)
+	@$(TRAIN) --config $(CONFIG)
+
+.PHONY: resume
+resume: setup ## Go on with run NAME from its last checkpoint
+	@$(need_name)$(TRAIN) --resume
+
+.PHONY: evaluate
+evaluate: setup ## Compute BLEU of run NAME on its test set
+	@$(need_name)$(BABELRAY) evaluate $(NAME) --checkpoint $(CHECKPOINT) $(settings)
+
+.PHONY: translate
+translate: setup ## Translate INPUT (by default what you type) with run NAME
+	@$(need_name)$(BABELRAY) translate $(NAME) --checkpoint $(CHECKPOINT) --input $(INPUT) $(settings)
+
+.PHONY: report
+report: setup ## Write the page of run NAME
+	@$(need_name)$(BABELRAY) report $(NAME)
+
+.PHONY: test
+test: setup ## Run the tests (those marked slow aside)
+	@$(BIN)/pytest -m "not slow" $(PYTEST)
+
+.PHONY: test-slow
+test-slow: setup ## Run the tests that take minutes each
+	@$(BIN)/pytest -m slow $(PYTEST)
+
+.PHONY: lint
+lint: setup ## Check style, types, layers, spelling and scripts; changes nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/codespell
+	@$(BIN)/yamllint --strict .
+	@$(BIN)/shellcheck .ci/run
+
+.PHONY: format
+format: setup ## Put the code into its format and mend what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: lock
+# No local versions (torch's +cpu would pin one kind of machine), nothing that only CUDA builds need:
+# torch pins that itself.
+lock: ## Resolve requirements.lock anew from pyproject.toml
+	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+		$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+			print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' \
+			> "$$scratch/wanted"; \
+		$(PYTHON) -m venv "$$scratch/venv"; \
+		DS_BUILD_OPS=0 "$$scratch/venv/bin/python" -m pip install --quiet -r "$$scratch/wanted"; \
+		{ echo "# Exact versions of all that babelray runs with and is tested with: make lock"; \
+		"$$scratch/venv/bin/python" -m pip freeze --exclude pip --exclude setuptools --exclude wheel \
+			| sed -E 's/^([^=]+==[^+]+)\+.*/\1/' | grep -vE '^(nvidia-|cuda-|triton==)'; } \
+			> "$$scratch/lock"; \
+		mv "$$scratch/lock" $(LOCK)
+
+.PHONY: clean
+clean: ## Remove caches and the environment; runs/ and data/ stay
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
