@@ -154,11 +154,11 @@ class Plan:
                 "(data.max_length, data.max_ratio) and prepare it again"
             )
         self._lengths = lengths
-        longer = np.maximum(lengths[:, 0], lengths[:, 1])
-        self._longest = int(longer.max())
+        self._longest = int(lengths.max())
         if self._longest > self.tokens_per_batch:
+            pair = int(lengths.argmax()) // 2
             raise DataError(
-                f"pair {int(longer.argmax())} has {self._longest} pieces on a side, but "
+                f"pair {pair} has {self._longest} pieces on a side, but "
                 f"tokens_per_step {tokens_per_step} over {lanes} lanes leaves "
                 f"{self.tokens_per_batch} tokens a lane: raise data.tokens_per_step to at least "
                 f"{self._longest * lanes}, or lower data.lanes or data.max_length"
@@ -170,8 +170,7 @@ class Plan:
         self._block_order = permutation(key_of(seed, _BLOCKS), len(sizes))
         self._block_position = _starts(sizes[self._block_order])
 
-        self._window_position, self._lane_window = self._cut_windows(self._cut_lanes(longer))
-        del longer
+        self._window_position, self._lane_window = self._cut_windows(self._cut_lanes())
         self._batches, self._window_batch = self._cut_batches()
         lane_batch = self._window_batch[self._lane_window]
         self._lane_num_batches = np.diff(lane_batch)
@@ -308,22 +307,36 @@ class Plan:
 
     # How it is made.
 
-    def _cut_lanes(self, longer: NDArray[Any]) -> Int64:
+    def _cut_lanes(self) -> Int64:
         """First position of each lane and the end [lanes + 1]: equal sums of the longer sides."""
-        costs = np.add.reduceat(longer, self._first_pair[:-1], dtype=np.int64)
-        total_before = _starts(costs[self._block_order])
+        total_before = _starts(self._block_costs()[self._block_order])
         total = int(total_before[-1])
         cuts = [0]
         for lane in range(1, self.lanes):
             wanted = total * lane // self.lanes
             place = int(np.searchsorted(total_before, wanted, side="right")) - 1
             block = self._block_order[place]
-            pairs = slice(int(self._first_pair[block]), int(self._first_pair[block + 1]))
-            within = np.cumsum(longer[pairs], dtype=np.int64)
+            within = np.cumsum(self._longer(block, block + 1))
             left = wanted - int(total_before[place])
             row = int(np.searchsorted(within, left, side="right"))
             cuts.append(int(self._block_position[place]) + row)
-        return np.array([*cuts, len(longer)], dtype=np.int64)
+        return np.array([*cuts, len(self._lengths)], dtype=np.int64)
+
+    def _block_costs(self) -> Int64:
+        """Sum over each block's pairs of the longer side [blocks]."""
+        parts = []
+        step = 1024  # blocks at a time, so that a memory map is not copied whole
+        for start in range(0, len(self._block_sizes), step):
+            stop = min(start + step, len(self._block_sizes))
+            begins = self._first_pair[start:stop] - self._first_pair[start]
+            parts.append(np.add.reduceat(self._longer(start, stop), begins))
+        return np.concatenate(parts)
+
+    def _longer(self, start: int, stop: int) -> Int64:
+        """The longer side's length of every pair of blocks ``start`` to ``stop`` (excluded)."""
+        lengths = self._lengths[self._first_pair[start] : self._first_pair[stop]]
+        longer: Int64 = np.maximum(lengths[:, 0], lengths[:, 1]).astype(np.int64)
+        return longer
 
     def _cut_windows(self, cuts: Int64) -> tuple[Int64, Int64]:
         """First position of each window and the end, and first window of each lane and the end."""

@@ -1,0 +1,294 @@
+"""How fast the stream makes batches, alone on one core, and what planning a large corpus costs.
+
+    python benchmarks/stream.py            # prints a table, writes benchmarks/results/stream.json
+
+The corpus is Multi30k if BABELRAY_TEST_CORPORA (or --corpora) names a folder that has multi30k/,
+else the generated one. Tokens are real source and target pieces, end signs included and padding
+left out. Rates are given by the wall clock and by the processor's time: on a machine that others
+use too, the second is the one to compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_shards.config import DataConfig
+from data_shards.manifest import Manifest
+from data_shards.plan import Plan
+from data_shards.shards import prepare
+
+RESULTS = Path(__file__).parent / "results" / "stream.json"
+GOAL_TOKENS_PER_S = 1_000_000
+PLANNED_PAIRS = 36_000_000  # WMT14 English-French
+
+
+@dataclass(frozen=True)
+class StreamCase:
+    """How a corpus is dealt; small windows are left, and read again, every epoch."""
+
+    name: str
+    lanes: int
+    tokens_per_step: int
+    window_pairs: int
+
+
+CASES = (
+    StreamCase("small steps", lanes=4, tokens_per_step=4096, window_pairs=65_536),
+    StreamCase("small steps, shards read again", lanes=4, tokens_per_step=4096, window_pairs=2048),
+    StreamCase("small batches", lanes=8, tokens_per_step=4096, window_pairs=65_536),
+    StreamCase("the paper's steps", lanes=8, tokens_per_step=25_000, window_pairs=65_536),
+    StreamCase(
+        "the paper's, shards read again", lanes=8, tokens_per_step=25_000, window_pairs=2048
+    ),
+)
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """Medians over the repeats."""
+
+    case: StreamCase
+    tokens_per_s: float
+    tokens_per_s_lowest: float
+    tokens_per_s_highest: float
+    tokens_per_cpu_s: float
+    first_step_s: float
+    padding_efficiency: float
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """One plan of a made-up corpus; the memory includes that of its lengths' file."""
+
+    num_pairs: int
+    mean_length: float
+    lanes: int
+    tokens_per_step: int
+    build_s: float
+    build_cpu_s: float
+    epoch_s: float
+    first_step_s: float
+    step_s: float
+    peak_mib: float
+    lengths_mib: float
+    steps_per_epoch: int
+    padding_efficiency: float
+
+
+def measure_stream(manifest: Manifest, case: StreamCase, repeats: int, passes: int) -> StreamResult:
+    """Median over repeats of a few passes over the corpus, from the second step on."""
+    from data_shards.stream import Stream
+
+    plan = Plan(
+        manifest.lengths,
+        manifest.blocks["num_pairs"],
+        lanes=case.lanes,
+        tokens_per_step=case.tokens_per_step,
+        window_pairs=case.window_pairs,
+        seed=1,
+    )
+    rates, cpu_rates, first = [], [], []
+    real = computed = 0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        with Stream(manifest, plan, range(case.lanes), 0, prefetch_steps=8) as stream:
+            next(stream)
+            first.append(time.perf_counter() - began)
+            tokens, began, cpu_began = 0, time.perf_counter(), time.process_time()
+            for _ in range(passes * plan.steps_per_epoch):
+                for batch in next(stream).batches:
+                    tokens += batch.num_source_tokens + batch.num_target_tokens
+                    computed += batch.source_BS.numel() + batch.target_out_BT.numel()
+            rates.append(tokens / (time.perf_counter() - began))
+            cpu_rates.append(tokens / (time.process_time() - cpu_began))
+            real += tokens
+    return StreamResult(
+        case=case,
+        tokens_per_s=statistics.median(rates),
+        tokens_per_s_lowest=min(rates),
+        tokens_per_s_highest=max(rates),
+        tokens_per_cpu_s=statistics.median(cpu_rates),
+        first_step_s=statistics.median(first),
+        padding_efficiency=real / computed,
+    )
+
+
+def measure_plan(lengths_file: Path, lanes: int, tokens_per_step: int) -> PlanResult:
+    """Plan a made-up corpus whose lengths lie in a file; to be run in a process of its own."""
+    lengths = np.load(lengths_file, mmap_mode="r")
+    sizes = np.full(len(lengths) // 1024, 1024)
+    before_mib = peak_mib()
+    cpu_began, began = time.process_time(), time.perf_counter()
+    plan = Plan(
+        lengths, sizes, lanes=lanes, tokens_per_step=tokens_per_step, window_pairs=65_536, seed=1
+    )
+    cpu_built, built = time.process_time(), time.perf_counter()
+    plan.target_tokens(123_456_789)
+    scheduled = time.perf_counter()
+    plan.step(123_456_789)
+    opened = time.perf_counter()
+    for step in range(123_456_790, 123_456_890):
+        plan.step(step)
+    ended = time.perf_counter()
+    return PlanResult(
+        num_pairs=len(lengths),
+        mean_length=float(lengths[:: 1 << 10].mean()),
+        lanes=lanes,
+        tokens_per_step=tokens_per_step,
+        build_s=built - began,
+        build_cpu_s=cpu_built - cpu_began,
+        epoch_s=scheduled - built,
+        first_step_s=opened - scheduled,
+        step_s=(ended - opened) / 100,
+        peak_mib=peak_mib() - before_mib,
+        lengths_mib=lengths.nbytes / 2**20,
+        steps_per_epoch=plan.steps_per_epoch,
+        padding_efficiency=sum(plan.padding_efficiency()) / 2,
+    )
+
+
+def peak_mib() -> float:
+    """The most memory this process has held, the pages of memory-mapped files included."""
+    # Not ru_maxrss: it begins with the peak of whoever started the process.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def made_up_lengths(manifest: Manifest, file: Path, num_pairs: int) -> None:
+    """Lengths of the corpus, drawn with replacement and one to three times as long."""
+    generator = np.random.default_rng(0)
+    num_pairs -= num_pairs % 1024
+    lengths = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint16, shape=(num_pairs, 2))
+    for start in range(0, num_pairs, 1 << 20):
+        part = lengths[start : start + (1 << 20)]
+        rows = manifest.lengths[generator.integers(0, manifest.num_pairs, len(part))]
+        part[:] = rows * generator.integers(1, 4, (len(part), 1), dtype=np.uint16)
+    lengths.flush()
+
+
+def corpus_config(corpora: Path | None, root: Path) -> DataConfig:
+    """Multi30k where it is at hand, else the generated corpus."""
+    if corpora is not None and (corpora / "multi30k" / "train.en.gz").is_file():
+        mirror = str(corpora / "multi30k")
+        return DataConfig(corpus="multi30k", mirror=mirror, vocabulary_size=8000, root=root)
+    return DataConfig(corpus="embedded", vocabulary_size=512, root=root)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were taken on."""
+    import torch
+    import webdataset
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "webdataset": webdataset.__version__,
+    }
+
+
+def measure_plans(manifest: Manifest, folder: Path, num_pairs: int) -> list[dict[str, object]]:
+    """Each in a process of its own, so that its peak memory is its own."""
+    file = folder / "lengths.npy"
+    made_up_lengths(manifest, file, num_pairs)
+    results = []
+    for lanes, tokens in ((8, 25_000), (64, 200_000)):
+        command = [sys.executable, __file__, "--plan", str(file), str(lanes), str(tokens)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results.append(json.loads(output))
+    return results
+
+
+def main() -> None:
+    """Measure, print, write."""
+    corpora = os.environ.get("BABELRAY_TEST_CORPORA")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--corpora", type=Path, default=Path(corpora) if corpora else None)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=3, help="passes over the corpus a repeat")
+    parser.add_argument(
+        "--pairs", type=int, default=PLANNED_PAIRS, help="size of the made-up corpus"
+    )
+    parser.add_argument("--plan", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plan:
+        file, lanes, tokens = arguments.plan
+        print(json.dumps(asdict(measure_plan(Path(file), int(lanes), int(tokens)))))
+        return
+
+    import torch
+
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    before = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        config = corpus_config(arguments.corpora, Path(folder))
+        manifest = Manifest.load(prepare(config))
+        print(f"stream, one core: {config.corpus}, {manifest.num_pairs:,} pairs")
+        print(f"{'':32}{'tokens/s':>12}{'tokens/CPU s':>14}{'first step':>12}{'unpadded':>10}")
+        streams = []
+        for case in CASES:
+            result = measure_stream(manifest, case, arguments.repeats, arguments.passes)
+            streams.append(result)
+            print(
+                f"{case.name:32}{result.tokens_per_s:12,.0f}{result.tokens_per_cpu_s:14,.0f}"
+                f"{result.first_step_s:10.2f} s{result.padding_efficiency:10.3f}"
+            )
+        print(f"plan, one core: {arguments.pairs:,} made-up pairs")
+        plans = measure_plans(manifest, Path(folder), arguments.pairs)
+        for plan in plans:
+            print(
+                f"  {plan['lanes']} lanes: built in {plan['build_s']:.1f} s "
+                f"({plan['build_cpu_s']:.1f} CPU s) with "
+                f"{plan['peak_mib']:.0f} MiB (lengths {plan['lengths_mib']:.0f}); an epoch's order "
+                f"{plan['epoch_s'] * 1e3:.0f} ms; first step {plan['first_step_s'] * 1e3:.0f} ms, "
+                f"then {plan['step_s'] * 1e6:.0f} us a step"
+            )
+        corpus = {"name": config.corpus, "pairs": manifest.num_pairs}
+        corpus["tokens"] = manifest.data.source_tokens + manifest.data.target_tokens
+    slowest = min(result.tokens_per_s for result in streams)
+    verdict = "met" if slowest >= GOAL_TOKENS_PER_S else "missed"
+    print(f"goal {GOAL_TOKENS_PER_S:,} tokens/s: {verdict}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": "python benchmarks/stream.py",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": before,
+        "corpus": corpus,
+        "goal_tokens_per_s": GOAL_TOKENS_PER_S,
+        "stream": [asdict(result) for result in streams],
+        "plan": plans,
+    }
+    arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
