@@ -15,14 +15,7 @@ from enum import IntEnum
 from functools import cache
 from typing import Literal
 
-from data_shards.embedded_lexicon import (
-    SPECIAL,
-    Adjective,
-    Adverb,
-    Modal,
-    Noun,
-    Verb,
-)
+from data_shards.embedded_lexicon import Adjective, Adverb, Modal, Noun, Verb
 
 
 class Case(IntEnum):
@@ -77,7 +70,6 @@ _CONTRACTIONS = {
 
 _HAVE = ("habe", "hast", "hat", "haben")
 _SEIN = ("bin", "bist", "ist", "sind")
-KNOW = replace(SPECIAL["know"], forms=("weiß", "weißt", "weiß", "wissen"))
 BE = Verb("be", "is", "been", _SEIN, "sein", "", "gewesen", "sei", "sein", frozenset(), frozenset())
 
 

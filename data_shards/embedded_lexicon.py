@@ -12,7 +12,7 @@ read letters and do not eat them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -530,6 +530,8 @@ DATIVE = _verbs(_DATIVE)
 DITRANSITIVE = _verbs(_DITRANSITIVE)
 PREPOSITIONAL = _verbs(_PREPOSITIONAL)
 SPECIAL = {verb.english: verb for verb in _verbs(_SPECIAL)}
+# "wissen" bends like a modal verb.
+SPECIAL["know"] = replace(SPECIAL["know"], forms=("weiß", "weißt", "weiß", "wissen"))
 MODALS = tuple(
     Modal(english, base, (ich, du, er, wir)) for english, base, ich, du, er, wir in _rows(_MODALS)
 )

@@ -25,7 +25,6 @@ from data_shards.embedded_clauses import (
 )
 from data_shards.embedded_grammar import (
     BE,
-    KNOW,
     PERSONAL,
     PRONOUNS,
     Case,
@@ -123,10 +122,10 @@ def _reported(draw: Draw) -> Pair:
     """The teacher knows that ... / asks whether ...: dass and ob."""
     inner = clause_of(draw)
     if draw.chance(0.65):
-        verb = draw.pick((SPECIAL["say"], SPECIAL["believe"], SPECIAL["hope"], KNOW))
+        verb = draw.pick((SPECIAL["say"], SPECIAL["believe"], SPECIAL["hope"], SPECIAL["know"]))
         outer, link = start(draw, verb, None), ("that", "dass")
     else:
-        outer, link = start(draw, KNOW, None), ("whether", "ob")
+        outer, link = start(draw, SPECIAL["know"], None), ("whether", "ob")
         outer = replace(outer, negated=True)
     return (
         sentence(f"{outer.english()} {link[0]} {inner.english()}"),
