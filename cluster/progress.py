@@ -25,8 +25,8 @@ class Tail:
         try:
             with self._file.open("rb") as stream:
                 size = stream.seek(0, 2)
-                if size < self._offset:  # rewritten: what it holds now was shown already
-                    self._offset = size
+                # A file that was rewritten and is shorter now: what it holds was shown already.
+                self._offset = min(self._offset, size)
                 stream.seek(self._offset)
                 chunk = stream.read()
         except FileNotFoundError:
@@ -50,7 +50,7 @@ class Narrator:
         self._previous: tuple[int, float] | None = None
         self.last_step = 0
         self.reason: str | None = None
-        self.valid_loss: float | None = None
+        self.valid_nll: float | None = None
 
     def line(self, event: dict[str, Any]) -> str | None:
         """The line for an event, or None where it has nothing to say to a person."""
@@ -65,7 +65,7 @@ class Narrator:
     def _step(self, event: dict[str, Any]) -> str:
         left = self._seconds_left(event)
         return (
-            f"step {event['step']:>6}  epoch {_number(event.get('epoch'), '.2f'):>6}"
+            f"step {event['step']:>6}  epoch {_number(event.get('epoch'), 'd'):>3}"
             f"  loss {_number(event.get('loss'), '.4f'):>8}"
             f"  {_number(event.get('tokens_per_second'), ',.0f'):>8} tokens/s"
             f"  rate {_number(event.get('learning_rate'), '.2e')}"
@@ -73,9 +73,9 @@ class Narrator:
         )
 
     def _validated(self, event: dict[str, Any]) -> str:
-        self.valid_loss = event.get("valid_loss")
+        self.valid_nll = event.get("valid_nll")
         return (
-            f"step {event['step']:>6}  validated: loss {_number(event.get('valid_loss'), '.4f')}"
+            f"step {event['step']:>6}  validated: nll {_number(self.valid_nll, '.4f')}"
             f", perplexity {_number(event.get('perplexity'), '.2f')}"
         )
 

@@ -38,7 +38,7 @@ class Outcome:
     run_dir: Path
     step: int
     reason: str | None
-    valid_loss: float | None
+    valid_nll: float | None
     seconds: float
     signal: int | None = None
 
@@ -138,7 +138,7 @@ def start(
             run_dir=run_dir,
             step=narrator.last_step,
             reason=narrator.reason,
-            valid_loss=narrator.valid_loss,
+            valid_nll=narrator.valid_nll,
             seconds=time.time() - commanded_at,
             signal=interrupts.signal if narrator.reason in {None, "stopped"} else None,
         )
