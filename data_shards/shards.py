@@ -60,7 +60,7 @@ Progress = Callable[[str], None]
 
 # A small corpus still gets enough blocks to be shuffled and dealt to lanes.
 _MOST_BLOCK_PAIRS, _FEWEST_BLOCK_PAIRS, _ENOUGH_BLOCKS = 1024, 16, 512
-_ENCODED_TOGETHER = 16_384
+_ENCODED_TOGETHER = 4096
 _STALE_S = 24 * 3600
 
 
