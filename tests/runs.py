@@ -58,7 +58,7 @@ def make_config(folder: Path, *, num_valid: int = 20, num_test: int = 30) -> Run
                 "decoder_layers": 2, "dropout": 0.0, "norm": "pre", "max_positions": 24,
             },
             "data": {
-                **data, "vocabulary_size": 80, "max_length": 32, "lanes": 2,
+                **data, "vocabulary_size": 96, "max_length": 32, "lanes": 2,
                 "tokens_per_step": 512,
             },
             "trainer": {"max_steps": 100},

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from data_shards.errors import UserError
-from tests.runs import make_run
 from trainer.events import EventLog
 from trainer.run import (
     choose_checkpoints,
@@ -21,8 +20,8 @@ from trainer.run import (
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"), steps=(2, 4, 6))
+def trained(trained_run):
+    return trained_run
 
 
 @pytest.fixture
@@ -103,22 +102,22 @@ class TestEvents:
 
 class TestChoice:
     def test_only_committed_checkpoints_count(self, run_dir):
-        (run_dir / "checkpoints" / "step-00000006" / "COMMIT").unlink()
+        (run_dir / "checkpoints" / "step-00000180" / "COMMIT").unlink()
         (run_dir / "checkpoints" / "notes").mkdir()
-        assert [step for step, _ in committed_checkpoints(run_dir)] == [2, 4]
-        assert choose_checkpoints(run_dir, "last")[0][0] == 4
+        assert [step for step, _ in committed_checkpoints(run_dir)] == [60, 120]
+        assert choose_checkpoints(run_dir, "last")[0][0] == 120
 
     def test_each_word(self, run_dir):
         def steps(checkpoint):
             return [step for step, _ in choose_checkpoints(run_dir, checkpoint)]
 
-        assert steps("best") == [6]  # nothing validated yet: the last
-        (run_dir / "best.json").write_text('{"step": 4, "valid_nll": 1.5}')
-        assert steps("best") == [4]
-        assert steps("last") == [6]
-        assert steps("2") == [2]
-        assert steps("average") == [2, 4, 6]
-        assert steps("average:2") == [4, 6]
+        assert steps("best") == [180]  # nothing validated yet: the last
+        (run_dir / "best.json").write_text('{"step": 120, "valid_nll": 1.5}')
+        assert steps("best") == [120]
+        assert steps("last") == [180]
+        assert steps("60") == [60]
+        assert steps("average") == [60, 120, 180]
+        assert steps("average:2") == [120, 180]
 
     @pytest.mark.parametrize("word", ["bset", "average:", "average:0", "best:2", "-1", "", "²"])
     def test_another_word_is_refused(self, trained, word):
@@ -126,7 +125,7 @@ class TestChoice:
             choose_checkpoints(trained, word)
 
     def test_an_absent_step_names_those_there_are(self, trained):
-        with pytest.raises(UserError, match=r"no checkpoint of step 3.*: 2, 4, 6"):
+        with pytest.raises(UserError, match=r"no checkpoint of step 3.*: 60, 120, 180"):
             choose_checkpoints(trained, "3")
 
     def test_more_than_there_are_cannot_be_averaged(self, trained):
@@ -146,39 +145,39 @@ class TestChoice:
 
 class TestModel:
     def test_the_weights_are_the_files(self, trained):
-        loaded = load_model(trained, "4")
-        assert (loaded.step, loaded.label, loaded.steps) == (4, "4", (4,))
+        loaded = load_model(trained, "120")
+        assert (loaded.step, loaded.label, loaded.steps) == (120, "120", (120,))
         assert not loaded.model.training
-        expected = load_file(_weights(trained, 4))
+        expected = load_file(_weights(trained, 120))
         state = loaded.model.state_dict()
         assert set(state) == set(expected)
         assert all(torch.equal(state[name], expected[name]) for name in expected)
 
     def test_average_is_the_mean_of_the_last(self, trained):
         loaded = load_model(trained, "average:2")
-        assert (loaded.step, loaded.label, loaded.steps) == (6, "average-2", (4, 6))
-        one, other = load_file(_weights(trained, 4)), load_file(_weights(trained, 6))
+        assert (loaded.step, loaded.label, loaded.steps) == (180, "average-2", (120, 180))
+        one, other = load_file(_weights(trained, 120)), load_file(_weights(trained, 180))
         for name, weight in loaded.model.state_dict().items():
             torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=0, atol=1e-7)
 
     def test_a_truncated_file_is_told_with_both_sizes_and_the_mend(self, run_dir):
-        file = _weights(run_dir, 6)
+        file = _weights(run_dir, 180)
         content = file.read_bytes()
         file.write_bytes(content[:-7])
-        pattern = f"{len(content)} bytes expected, {len(content) - 7} found; .*another step: 2, 4"
-        with pytest.raises(UserError, match=pattern):
+        sizes = f"{len(content)} bytes expected, {len(content) - 7} found"
+        with pytest.raises(UserError, match=f"{sizes}; .*another step: 60, 120"):
             load_model(run_dir, "last")
 
     def test_a_flipped_bit_is_told_by_its_sha256(self, run_dir):
-        file = _weights(run_dir, 6)
+        file = _weights(run_dir, 180)
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"step-00000006.*sha256 .* expected, .* found"):
+        with pytest.raises(UserError, match=r"step-00000180.*sha256 .* expected, .* found"):
             load_model(run_dir, "average")
 
     def test_a_checkpoint_without_its_manifest_is_refused(self, run_dir):
-        (_weights(run_dir, 6).parent / "manifest.json").unlink()
+        (_weights(run_dir, 180).parent / "manifest.json").unlink()
         with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
             load_model(run_dir, "last")
 

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import pytest
+
+from data_shards.errors import UserError
+from tests.runs import pairs, write_lines
+from trainer.evaluate import evaluate
+from trainer.events import EventLog
+from trainer.formats import format_bytes, format_duration, format_number
+from trainer.report import write_report
+from trainer.run import events_path
+
+_VOID = {"wbr", "meta", "link", "br", "col", "img", "hr", "input"}
+# Attributes by which a page reaches for something else.
+_REFERRING = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
+
+
+class Page(HTMLParser):
+    """Parses a page strictly: every element closed in turn, every id once."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.tags, self.references = [], [], [], []
+        self.attributes = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self._note(tag, attrs)
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self._note(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def _note(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.references += [value for name, value in attrs if name in _REFERRING]
+
+
+@pytest.fixture(scope="module")
+def trained(trained_run, tmp_path_factory):
+    run_dir = shutil.copytree(trained_run, tmp_path_factory.mktemp("report") / "demo")
+    _log(run_dir)
+    evaluate(run_dir, checkpoint="60", beam=1)
+    evaluate(run_dir, checkpoint="last", beam=2)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs" / "demo")
+
+
+def _log(run_dir, steps=range(10, 181, 10)):
+    log = EventLog(events_path(run_dir))
+    log.write("started", step=0, world_size=2, parameters=12_345, torch="2.0", device="cpu")
+    for step in steps:
+        log.write(
+            "step", step=step, epoch=0, loss=5 - step / 100, nll=4.5 - step / 100,
+            learning_rate=step * 1e-5, grad_norm=1.0, target_tokens=step * 1000,
+            source_tokens=step * 900, tokens_per_second=4000.0 + step, mfu=None, world_size=2,
+            elapsed_s=step / 2,
+        )  # fmt: skip
+        if step in (60, 120, 180):
+            log.write("validated", step=step, valid_nll=1.0, perplexity=2.71828, best=step == 60)
+            log.write("checkpoint", step=step, bytes=1_234_567, seconds=0.5, best=step == 60)
+        if step == 60:
+            log.write("resumed", step=60, world_size=1, parameters=12_345, torch="2.0")
+    log.write("finished", step=180, reason="max_steps", elapsed_s=90.0)
+    log.close()
+
+
+def _page(run_dir):
+    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+
+
+def test_a_full_page_parses_and_shows_every_section(trained):
+    page = _page(trained)
+    assert len(page.ids) == len(set(page.ids))
+    text = " ".join(page.text.split())
+    result = json.loads((trained / "evaluation" / "test-last.json").read_text())
+    assert f"BLEU{result['bleu']:.2f}" in text
+    assert result["signature"] in text
+    for expected in (
+        "2.72", "finished: reached trainer.max_steps", "Each head", "head 4", "layer 2",
+        "12,345 exactly", "resumed once; 1 to 2 workers", "chrF, worst", "chrF, median",
+        "data.vocabulary_size", "Filters", "Licence", "1.23 MB each", "342k", "4,095",
+    ):  # fmt: skip
+        assert expected in text, expected
+    headings = re.findall(r"<h3>([^<]+)", (trained / "report.html").read_text())
+    assert headings[:5] == ["Loss", "BLEU", "Learning rate", "Throughput", "Gradient norm"]
+
+
+def test_the_page_refers_to_nothing_but_itself(trained):
+    page = _page(trained)
+    assert page.references
+    assert all(reference.startswith("#") for reference in page.references)
+    # A page's own anchors and a picture's own parts must exist.
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    raw = (trained / "report.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|@import|<script|file:", raw.split("</style>")[1])
+    assert "url(" not in raw.replace("url(#", "")
+    for reference in re.findall(r"url\(#([^)]+)\)", raw):
+        assert reference in page.ids
+
+
+def test_pictures_have_text_and_tables_have_headers(trained):
+    page = _page(trained)
+    pictures = [attributes for tag, attributes in page.attributes if tag == "svg"]
+    assert len(pictures) >= 5 + 1 + 1 + 8
+    assert all(picture.get("role") == "img" and picture.get("aria-label") for picture in pictures)
+    cells = [attributes for tag, attributes in page.attributes if tag == "th"]
+    assert cells
+    assert all(cell.get("scope") in ("row", "col") for cell in cells)
+    assert page.attributes[0] == ("html", {"lang": "en"})
+
+
+def test_colours_are_the_pages_so_that_dark_and_print_work(trained):
+    raw = write_report(trained).read_text()
+    _, body = raw.split("</style>")
+    assert set(re.findall(r"#[0-9a-f]{6}\b", body)) == set()
+    assert "var(--series-1)" in body
+    assert "prefers-color-scheme: dark" in raw
+    assert "@media print" in raw
+
+
+def test_sentences_are_escaped(run_dir, tmp_path):
+    nasty = '<script>alert("1")</script> & <b>'
+    lines = [source for source, _ in pairs(3, seed=4)]
+    source = write_lines(tmp_path / "s.en", [nasty, *lines])
+    reference = write_lines(tmp_path / "r.de", [nasty, *lines])
+    shutil.rmtree(run_dir / "evaluation")
+    evaluate(run_dir, checkpoint="last", source=source, reference=reference, beam=1)
+    page = _page(run_dir)
+    assert "script" not in page.tags
+    assert "b" in page.tags  # the page's own
+    assert page.text.count(nasty) == 2
+    assert "<script" not in (run_dir / "report.html").read_text()
+
+
+def test_a_run_that_only_began(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    shutil.rmtree(run_dir / "evaluation")
+    events_path(run_dir).unlink()
+    page = _page(run_dir)
+    for expected in (
+        "not started",
+        "not evaluated yet",
+        "No step has been logged",
+        "no checkpoint",
+    ):
+        assert expected in page.text
+    assert "babelray evaluate demo" in page.text
+
+
+def test_a_single_logged_step(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    shutil.rmtree(run_dir / "evaluation")
+    events_path(run_dir).unlink()
+    log = EventLog(events_path(run_dir))
+    log.write("step", step=1, epoch=0, nll=9.0, learning_rate=1e-7, target_tokens=5, loss=9.1)
+    log.close()
+    page = _page(run_dir)
+    assert "unfinished" in page.text
+    assert "Learning rate" in page.text
+
+
+def test_a_step_without_finite_numbers(run_dir):
+    log = EventLog(events_path(run_dir))
+    log.write("step", step=190, epoch=0, nll=float("nan"), grad_norm=float("inf"), loss=None)
+    log.close()
+    _page(run_dir)
+
+
+def test_without_the_corpus_the_rest_is_there(run_dir, tmp_path):
+    config = json.loads((run_dir / "config.json").read_text())
+    config["data"]["dir"] = str(tmp_path / "moved")
+    (run_dir / "config.json").write_text(json.dumps(config))
+    page = _page(run_dir)
+    assert "no prepared corpus at" in page.text
+    assert "Throughput" in page.text
+    assert "tok:13a" in page.text
+
+
+def test_a_damaged_checkpoint_costs_only_the_attention_map(run_dir):
+    for file in (run_dir / "checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(b"cut")
+    page = _page(run_dir)
+    assert "There is no checkpoint to look into" in page.text
+    assert "chrF, worst" in page.text
+
+
+def test_damaged_evaluations_are_passed_over(run_dir):
+    (run_dir / "evaluation" / "test-broken.json").write_text('{"bleu": ')
+    (run_dir / "evaluation" / "test-old.json").write_text('{"bleu": 1.0, "time": 1.0}')
+    (run_dir / "evaluation" / "test-last.hypotheses.txt").write_text("too short\n")
+    page = _page(run_dir)
+    assert "test-old" not in page.text
+    assert "No evaluation with its test set at hand" in page.text
+
+
+def test_the_same_run_gives_the_same_pictures(trained):
+    def pictures():
+        return re.findall(r"<svg.*?</svg>", write_report(trained).read_text(), flags=re.DOTALL)
+
+    assert pictures() == pictures()
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(trained):
+    before = dict(mpl.rcParams)
+    write_report(trained)
+    assert dict(mpl.rcParams) == before
+
+
+def test_no_such_run(tmp_path):
+    with pytest.raises(UserError, match="no such run"):
+        write_report(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (7, "7"), (1234, "1,234"), (12_345, "12.3k"), (1_966_080, "1.97M"),
+     (213_000_000, "213M"), (4.5e9, "4.5B"), (0.00421, "0.00421"), (123.456, "123.5"),
+     (999_999, "1M"), (None, "–")],
+)  # fmt: skip
+def test_numbers_are_rounded_as_one_would_say_them(value, text):
+    assert format_number(value) == text
+
+
+def test_durations_and_sizes():
+    assert [format_duration(s) for s in (9.44, 59.99, 521, 11_100, 187_200, None)] == [
+        "9.4 s", "1 min 0 s", "8 min 41 s", "3 h 5 min", "2 d 4 h", "–",
+    ]  # fmt: skip
+    assert [format_bytes(b) for b in (12, 7_900_000, 3.2e9)] == ["12 B", "7.9 MB", "3.2 GB"]
