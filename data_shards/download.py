@@ -61,27 +61,27 @@ def fetch(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("ab") as file:
-        _lock(file)
-        # The process that held the lock before us may have finished the file.
-        if path.exists() and file_sha256(path) == sha256:
-            with contextlib.suppress(FileNotFoundError):
-                part.unlink()
-            return path
-        started = time.monotonic()
-        for url in urls:
-            try:
-                _fetch_checked(url, file, path, sha256)
-            except _NotThereError as error:
-                missing = str(error)
-                continue
-            os.fsync(file.fileno())
-            part.replace(path)
-            seconds = time.monotonic() - started
-            progress(f"fetched {path.name}: {path.stat().st_size:,} bytes in {seconds:.1f} s")
-            return path
-        if file.tell() == 0:
-            part.unlink()
+    with _open_locked(part) as file:
+        try:
+            # The process that held the lock before us may have finished the file.
+            if path.exists() and file_sha256(path) == sha256:
+                return path
+            started = time.monotonic()
+            for url in urls:
+                try:
+                    _fetch_checked(url, file, path, sha256)
+                except _NotThereError as error:
+                    missing = str(error)
+                    continue
+                os.fsync(file.fileno())
+                part.replace(path)
+                seconds = time.monotonic() - started
+                progress(f"fetched {path.name}: {path.stat().st_size:,} bytes in {seconds:.1f} s")
+                return path
+        finally:
+            # Nothing arrived, or nothing of use: no trace of it either.
+            if os.fstat(file.fileno()).st_size == 0:
+                part.unlink(missing_ok=True)
     raise DataError(
         f"cannot download {path.name}: {missing} for {' and '.join(urls)}. "
         f"Check the address, {_MEND}"
@@ -183,9 +183,17 @@ def _reason(error: Exception) -> str:
     return f"the connection broke off ({type(error).__name__})"
 
 
-def _lock(file: IO[bytes]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        # Some network file systems have no locks; the checksum still guards the result.
-        logger.debug("no file locks at %s", file.name)
+def _open_locked(part: Path) -> IO[bytes]:
+    """Open ``part`` for this process alone, after any other that has it."""
+    while True:
+        file = part.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # Some network file systems have no locks; the checksum still guards the result.
+            logger.debug("no file locks at %s", part)
+        # Whom we waited for may have renamed or removed what we opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                return file
+        file.close()

@@ -1,13 +1,15 @@
 """From text to a prepared folder: ``prepare``. What ``babelray data`` does beside it: ``audit``.
 
-Three passes, each a stream, so that memory does not grow with the corpus:
+Three passes, each a stream, so that memory does not grow with the corpus (learning the vocabulary
+holds its sample, ``data.vocabulary_sample`` sentences):
 
 1. clean the raw pairs into a spool file, and note each pair's digest;
 2. learn the vocabulary from a sample of the spool that leaves out duplicates and held-out pairs;
 3. encode the spool and write blocks, shards and index.
 
 Everything happens in a hidden folder beside the final one, which takes its place in one rename: a
-prepared folder is finished or is not there.
+prepared folder is finished or is not there. Meanwhile the disk holds the cleaned text once more and
+25 bytes a pair to find duplicates with.
 """
 
 from __future__ import annotations
@@ -335,7 +337,7 @@ def _publish(partial: Path, folder: Path, config: DataConfig) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        assert _already_prepared(folder, config)
+        _already_prepared(folder, config)  # raises if it is not what was asked for
     _sync_path(folder.parent)
 
 
