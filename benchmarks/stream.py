@@ -274,14 +274,18 @@ def main() -> None:
             )
         corpus = {"name": config.corpus, "pairs": manifest.num_pairs}
         corpus["tokens"] = manifest.data.source_tokens + manifest.data.target_tokens
-    slowest = min(result.tokens_per_s for result in streams)
-    verdict = "met" if slowest >= GOAL_TOKENS_PER_S else "missed"
-    print(f"goal {GOAL_TOKENS_PER_S:,} tokens/s: {verdict}")
+    by_clock = min(result.tokens_per_s for result in streams)
+    by_cpu = min(result.tokens_per_cpu_s for result in streams)
+    print(
+        f"goal {GOAL_TOKENS_PER_S:,} tokens/s, slowest case: {by_clock / GOAL_TOKENS_PER_S:.2f} of "
+        f"it by the clock, {by_cpu / GOAL_TOKENS_PER_S:.2f} by processor time "
+        f"(load {before['load_average']:.1f} to {os.getloadavg()[0]:.1f})"
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "command": "python benchmarks/stream.py",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": before,
+        "machine": before | {"load_average_after": os.getloadavg()[0]},
         "corpus": corpus,
         "goal_tokens_per_s": GOAL_TOKENS_PER_S,
         "stream": [asdict(result) for result in streams],
