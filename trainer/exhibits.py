@@ -6,6 +6,7 @@ Each function returns plain values for the template, or nothing where the run ha
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ _SAMPLES = (
     (0.05, "5th percentile"),
     (0.0, "worst"),
 )
-# Lengths, in pieces, of a sentence whose attention map is legible.
-_MAP_LENGTHS = range(7, 17)
+# Pieces of a sentence whose attention map is legible: what is looked for, and the most.
+_MAP_LENGTH, _LONGEST_MAP = 12, 20
 _MAX_CURVE_POINTS = 1500
 
 
@@ -213,20 +214,19 @@ def attention(run_dir: Path, manifest: Manifest | None) -> dict[str, Any] | None
         log.warning("no attention map: %s", error)
         return None
     pieces = loaded.vocabulary.encode(sources[:200])
-    fitting = [ids for ids in pieces if len(ids) in _MAP_LENGTHS] or [
-        ids for ids in pieces if 0 < len(ids) <= _MAP_LENGTHS.stop
-    ]
+    fitting = [ids for ids in pieces if 0 < len(ids) <= _LONGEST_MAP]
     if not fitting:
         return None
-    # The longest that fits shows the most.
-    source = [*max(fitting, key=len), EOS_ID]
+    source = [*min(fitting, key=lambda ids: abs(len(ids) - _MAP_LENGTH)), EOS_ID]
     with torch.inference_mode():
         found = decode(loaded, [source], loaded.config.evaluation)[0].ids
-        found = found[: 2 * _MAP_LENGTHS.stop]
-        maps = loaded.model.attention_maps(torch.tensor([source]), torch.tensor([[BOS_ID, *found]]))
+        # A model that repeats itself for ever is shown up to here.
+        written = [*found, EOS_ID][: 2 * _LONGEST_MAP]
+        target_in_BT = torch.tensor([[BOS_ID, *written[:-1]]])
+        maps = loaded.model.attention_maps(torch.tensor([source]), target_in_BT)
     cross_LHTS = maps["cross"][:, 0].numpy()
     columns = _labels(loaded.vocabulary.pieces(source))
-    rows = _labels(loaded.vocabulary.pieces([*found, EOS_ID]))
+    rows = _labels(loaded.vocabulary.pieces(written))
     source_text, target_text = loaded.vocabulary.decode([source, found])
     title = f"Cross-attention, mean over layers and heads: {source_text} → {target_text}"
     layers = [
@@ -286,14 +286,17 @@ def data_section(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]
         for side, tokens in enumerate((data.source_tokens, data.target_tokens))
     ]
     read = data.filters.get("read", 0)
+    outcomes = sorted(data.filters.items(), key=lambda item: -item[1])
     filters = [
         {"reason": reason.replace("_", " "), "pairs": count, "share": 100 * count / max(1, read)}
-        for reason, count in sorted(data.filters.items(), key=lambda item: -item[1])
-        if reason != "read"
+        for reason, count in outcomes
+        if count and reason != "read"
     ]
+    unused = sorted(reason.replace("_", " ") for reason, count in outcomes if not count)
     return {
         "corpus": data.corpus,
-        "licence": data.licence,
+        # Without its scheme an address is text: the page names nothing that could be fetched.
+        "licence": re.sub(r"https?://", "", data.licence),
         "folder": str(manifest.folder),
         "sha256": manifest.sha256,
         "num_pairs": data.num_pairs,
@@ -305,5 +308,6 @@ def data_section(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]
         "sides": sides,
         "read": read,
         "filters": filters,
+        "unused_filters": ", ".join(unused),
         "histogram": Markup(picture),  # noqa: S704
     }

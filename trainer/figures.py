@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -48,6 +49,7 @@ _RC = {
     "legend.frameon": False,
     "legend.labelcolor": _INK,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a file's name may hold a dollar sign
     "text.color": _INK,
     "xtick.color": _MUTED,
     "xtick.labelsize": 8.5,
@@ -111,7 +113,7 @@ def curves(
         if from_zero:
             axes.set_ylim(0, 1.08 * max([*(y for item in series for y in item.y), 1e-12]))
         if len(series) > 1 or breaks:
-            axes.legend(loc="best")
+            _add_legend(axes)
 
     return _draw(draw, name=name, title=title, x_label=x_label, y_label=y_label, wide=wide)
 
@@ -142,7 +144,7 @@ def histogram(
             )
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.legend(loc="best")
+        _add_legend(axes)
 
     return _draw(draw, name=name, title=title, x_label=x_label, y_label=y_label)
 
@@ -232,7 +234,9 @@ def _draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with mpl.rc_context({**_RC, "svg.hashsalt": name}):
+    with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
+        # Only measured with matplotlib's font: the page's font has the letters it lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(11.2, 3.2) if wide else (5.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(visible=True, axis="y")
@@ -243,6 +247,11 @@ def _draw(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         return _inline(figure, name, title)
+
+
+def _add_legend(axes: Axes) -> None:
+    # Above the curves, where it hides nothing; searching the best place inside takes long.
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
 
 
 def _tick(value: float) -> str:

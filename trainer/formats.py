@@ -17,7 +17,7 @@ def format_number(value: float | None) -> str:
         if size >= bound:
             scaled = value / scale
             return f"{scaled:.3g}{unit}" if abs(scaled) < 999.5 else f"{scaled:,.0f}{unit}"
-    if float(value).is_integer():
+    if size >= 1000 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:,.1f}" if size >= 100 else f"{value:.3g}"
 

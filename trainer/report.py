@@ -135,6 +135,12 @@ def _tiles(events: list[Event], main: Result | None) -> list[dict[str, str]]:
     validated = [event for event in events if event["event"] == "validated"]
     begun = [event for event in events if event["event"] in ("started", "resumed")]
     last = steps[-1] if steps else {}
+    # A run may end between two logged steps.
+    end = max(
+        (event for event in events if event["event"] in ("step", "validated", "finished")),
+        key=lambda event: (event.get("step", 0), event.get("elapsed_s") or 0.0),
+        default={},
+    )
     tiles = []
     if main:
         where = f"{main.test_set}, checkpoint {main.checkpoint}"
@@ -156,13 +162,13 @@ def _tiles(events: list[Event], main: Result | None) -> list[dict[str, str]]:
         speed = statistics.median(event.get("tokens_per_second") or 0.0 for event in steps)
         used = [event["mfu"] for event in steps if event.get("mfu") is not None]
         tiles += [
-            _tile("Steps", f"{last['step']:,}", f"epoch {last.get('epoch', 0) + 1}"),
+            _tile("Steps", f"{end['step']:,}", f"epoch {last.get('epoch', 0) + 1}"),
             _tile(
                 "Tokens trained on",
                 format_number(tokens),
                 f"{format_number(last.get('target_tokens'))} of them target tokens",
             ),
-            _tile("Training time", format_duration(last.get("elapsed_s")), "set-up not counted"),
+            _tile("Training time", format_duration(end.get("elapsed_s")), "set-up not counted"),
             _tile(
                 "Tokens a second",
                 format_number(speed),

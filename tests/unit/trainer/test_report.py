@@ -12,6 +12,7 @@ from data_shards.errors import UserError
 from tests.runs import pairs, write_lines
 from trainer.evaluate import evaluate
 from trainer.events import EventLog
+from trainer.figures import Series, curves
 from trainer.formats import format_bytes, format_duration, format_number
 from trainer.report import write_report
 from trainer.run import events_path
@@ -230,6 +231,15 @@ def test_drawing_leaves_matplotlibs_settings_alone(trained):
     assert dict(mpl.rcParams) == before
 
 
+def test_any_name_can_stand_in_a_picture():
+    lines = [Series("日本語 $x_{", [1, 2], [3.0, 4.0]), Series("a & <b>", [1, 2], [4.0, 5.0])]
+    picture = curves(lines, name="x", title='"quoted" <title>', y_label="y")
+    page = Page(picture)
+    assert "日本語 $x_{" in page.text
+    assert "a & <b>" in page.text
+    assert page.attributes[0][1]["aria-label"] == '"quoted" <title>'
+
+
 def test_no_such_run(tmp_path):
     with pytest.raises(UserError, match="no such run"):
         write_report(tmp_path / "absent")
@@ -239,7 +249,7 @@ def test_no_such_run(tmp_path):
     ("value", "text"),
     [(0, "0"), (7, "7"), (1234, "1,234"), (12_345, "12.3k"), (1_966_080, "1.97M"),
      (213_000_000, "213M"), (4.5e9, "4.5B"), (0.00421, "0.00421"), (123.456, "123.5"),
-     (999_999, "1M"), (None, "–")],
+     (3620.6, "3,621"), (999_999, "1M"), (None, "–")],
 )  # fmt: skip
 def test_numbers_are_rounded_as_one_would_say_them(value, text):
     assert format_number(value) == text
