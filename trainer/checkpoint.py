@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 from data_shards.errors import RunFailedError, UserError
 from trainer.engine import Engine
-from trainer.schedule import Decay
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ class TrainState:
     data_hash: int = 0  # rolling hash of the pair ids consumed, modulo 2**64
     target_tokens: int = 0  # trained on since the beginning
     source_tokens: int = 0
-    decay: Decay | None = None
     best_nll: float | None = None  # of the validation set, nats a target token
     best_step: int | None = None
     stale_validations: int = 0  # validations since the best one
@@ -61,8 +59,6 @@ class TrainState:
         """The inverse of ``to_json``."""
         known = {name: values[name] for name in cls.__dataclass_fields__}
         known["data_hash"] = int(known["data_hash"], 16)
-        if known["decay"] is not None:
-            known["decay"] = Decay(**known["decay"])
         return cls(**known)
 
 

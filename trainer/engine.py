@@ -107,7 +107,7 @@ class Engine:
             dist_init_required=False,
         )
         if config.zero_stage == 0:
-            # Engine.step reduces, so that it can see the norm before the update.
+            # Engine.step reduces by itself, so that it can see the norm before the update.
             self._engine.enable_backward_allreduce = False
 
     @property
@@ -141,9 +141,7 @@ class Engine:
             group["lr"] = learning_rate
         norm: Any = None
         if self._config.zero_stage == 0:
-            self._engine.enable_backward_allreduce = True
-            self._engine.allreduce_gradients()
-            self._engine.enable_backward_allreduce = False
+            self._engine.buffered_allreduce_fallback()
         if _clips_itself(self._config):
             bound = self._config.clip_norm or float("inf")
             norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), bound)

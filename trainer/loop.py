@@ -25,7 +25,7 @@ from trainer.engine import Engine
 from trainer.events import EventLog
 from trainer.metrics import Metrics
 from trainer.reporter import Reporter
-from trainer.schedule import learning_rate, planned_decay, timed_decay
+from trainer.schedule import learning_rate, progress
 from trainer.validation import ValidationSet, empty_batch
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class Rank:
             device=self.device,
         )
         self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
-        self.state = TrainState(decay=planned_decay(config.trainer))
-        self.settings = _resume_settings(config, self.manifest)
+        self.state = TrainState()
+        self.settings = _resume_settings(config, self.manifest, self.plan)
 
     def resume(self) -> bool:
         """Go on from the newest trusted checkpoint; False if there is none."""
@@ -91,7 +91,6 @@ class Rank:
             world_size=self.world_size,
             settings=self.settings,
         )
-        self.state.decay = self.state.decay or planned_decay(self.config.trainer)
         return True
 
     def run(self, events: EventLog | None, metrics: Metrics | None) -> str:
@@ -126,15 +125,9 @@ class Rank:
                 totals = self._accumulate(batches, target_tokens, before_s - started)
                 self._assert_finite(totals, batches.step)
                 state = self.state
-                if state.decay is None:
-                    state.decay = timed_decay(
-                        config,
-                        step=state.step,
-                        elapsed_s=totals.elapsed_s,
-                        seconds_per_step=reporter.seconds_per_step(totals.elapsed_s),
-                    )
+                done = progress(config, steps_done=state.step, elapsed_s=totals.elapsed_s)
                 rate = learning_rate(
-                    config, state.step + 1, d_model=self.config.model.d_model, decay=state.decay
+                    config, state.step + 1, d_model=self.config.model.d_model, done=done
                 )
                 grad_norm = self.engine.step(rate)
                 self._advance(totals, batches.step)
@@ -198,7 +191,7 @@ class Rank:
         if self.config.trainer.zero_stage < 2:
             return 0 if mine else 1
         most = max(
-            sum(self.plan.batch(batches.step, lane) is not None for lane in lanes)
+            sum(self.plan.has_batch(batches.step, lane) for lane in lanes)
             for lanes in (
                 lanes_of_rank(rank, self.world_size, self.config.data.lanes)
                 for rank in range(self.world_size)
@@ -230,8 +223,6 @@ class Rank:
         if config.max_steps is not None and state.step >= config.max_steps:
             return "max_steps"
         if config.max_minutes is not None and state.elapsed_s >= config.max_minutes * 60:
-            return "max_minutes"
-        if state.decay is not None and state.step >= state.decay.end:
             return "max_minutes"
         if config.patience is not None and state.stale_validations >= config.patience:
             return "early_stopping"
@@ -346,7 +337,7 @@ def _dropout_seed(seed: int, step: int, lane: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + (step << 12) + lane) & _MASK64
 
 
-def _resume_settings(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+def _resume_settings(config: RunConfig, manifest: Manifest, plan: Plan) -> dict[str, Any]:
     """What decides weights, data order and the optimizer's layout: unchanged over a resume."""
     trainer, data = config.trainer, config.data
     return {
@@ -356,6 +347,7 @@ def _resume_settings(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
         "data.tokens_per_step": data.tokens_per_step,
         "data.window_pairs": data.window_pairs,
         "trainer.seed": trainer.seed,
+        "plan": plan.digest,
         "zero_stage": trainer.zero_stage,
         "precision": trainer.precision,
     }

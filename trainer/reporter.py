@@ -20,7 +20,6 @@ class Reporter:
 
     def __init__(self, rank: Rank, events: EventLog | None, metrics: Metrics | None) -> None:
         self.rank, self.events, self.metrics = rank, events, metrics
-        self._first = (rank.state.step, rank.state.elapsed_s)
         self._since = (rank.state.step, rank.state.elapsed_s, 0)
         self._last_elapsed_s = rank.state.elapsed_s
         data = rank.manifest.data
@@ -36,11 +35,6 @@ class Reporter:
             if rank.device.type == "cuda"
             else None
         )
-
-    def seconds_per_step(self, elapsed_s: float) -> float:
-        """Mean over this attempt, from numbers that all ranks share."""
-        first_step, first_s = self._first
-        return (elapsed_s - first_s) / max(1, self.rank.state.step + 1 - first_step)
 
     def stepped(
         self, totals: StepTotals, target_tokens: int, rate: float, norm: float, waited_s: float

@@ -91,7 +91,7 @@ def test_the_curve_is_the_same_with_1_2_and_4_workers(data_root: Path, tmp_path:
             [event["loss"] for event in one], rel=1e-4
         )
         assert [event["data_hash"] for event in other] == [event["data_hash"] for event in one]
-    assert one[-1]["loss"] < 0.7 * one[0]["loss"]
+    assert one[-1]["loss"] < 0.8 * one[0]["loss"]
 
 
 def test_the_curve_with_dropout_is_the_same_at_other_sizes(data_root: Path, tmp_path: Path) -> None:
@@ -121,6 +121,11 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(
         jobs += [Job(whole, one), Job(part, other), Job(whole, other, resume=True)]
         cases.append((one, other, stop, end))
     assert set(run_ranks(2, jobs)) == {"max_steps"}
+    stages = [numbers(one)[:12] for one, *_ in cases]
+    for other_stage in stages[1:]:
+        assert [row[:3] for row in other_stage] == [
+            pytest.approx(row[:3], rel=1e-4) for row in stages[0]
+        ]
     for one, other, stop, end in cases:
         assert [event["step"] for event in events(other)] == list(range(1, end + 1))
         assert events(other, "resumed")[0]["step"] == stop
@@ -134,7 +139,7 @@ def test_bf16_learns_at_every_stage_and_weights_are_saved_in_full(
 
     jobs = [
         Job(
-            make_config(data_root, precision="bf16", zero_stage=stage, max_steps=40),
+            make_config(data_root, precision="bf16", zero_stage=stage, max_steps=60),
             tmp_path / f"z{stage}",
         )
         for stage in (0, 1, 2, 3)
@@ -142,8 +147,8 @@ def test_bf16_learns_at_every_stage_and_weights_are_saved_in_full(
     run_ranks(2, jobs)
     for job in jobs:
         losses = [event["loss"] for event in events(job.run_dir)]
-        assert losses[-1] < 0.8 * losses[0]
-        weights = load_file(checkpoint.checkpoint_folder(job.run_dir, 40) / checkpoint.WEIGHTS)
+        assert losses[-1] < 0.85 * losses[0]
+        weights = load_file(checkpoint.checkpoint_folder(job.run_dir, 60) / checkpoint.WEIGHTS)
         # Masters, not their rounded copies: some value is not representable in bfloat16.
         assert any((value != value.bfloat16().float()).any() for value in weights.values())
         assert losses[-1] == pytest.approx(events(jobs[0].run_dir)[-1]["loss"], rel=0.02)

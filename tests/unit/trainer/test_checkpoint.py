@@ -13,7 +13,6 @@ from data_shards.errors import RunFailedError, UserError
 from trainer import checkpoint
 from trainer.checkpoint import TrainState
 from trainer.engine import Engine
-from trainer.schedule import Decay
 
 
 class FakeEngine:
@@ -42,9 +41,7 @@ def save(run_dir: Path, step: int, *, keep: int = 3, best: int | None = None) ->
 
 
 def test_the_state_survives_its_json() -> None:
-    state = TrainState(
-        step=7, elapsed_s=1.5, data_hash=2**64 - 3, decay=Decay(5, 9), best_nll=2.0, best_step=6
-    )
+    state = TrainState(step=7, elapsed_s=1.5, data_hash=2**64 - 3, best_nll=2.0, best_step=6)
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 

@@ -1,0 +1,202 @@
+"""``babelray train`` as a user runs it: Ray, DeepSpeed, signals, deaths and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from data_shards.config import DataConfig
+from data_shards.manifest import Manifest
+
+pytestmark = pytest.mark.timeout(400)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE_S = 150
+
+
+@dataclass
+class Command:
+    """A running ``babelray``, alone in its process group, as a terminal would start it."""
+
+    process: subprocess.Popen[str]
+    output: Path
+
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
+        """The condition's first true value; fails if the command ends or takes too long."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            value = condition()
+            if value:
+                return value
+            assert self.process.poll() is None, self.text()
+            time.sleep(0.1)
+        raise AssertionError(f"waited {PATIENCE_S} s in vain:\n{self.text()}")
+
+    def end(self) -> int:
+        """Wait for the command's own end; its exit status."""
+        return self.process.wait(timeout=PATIENCE_S)
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+
+@dataclass
+class Workplace:
+    """A folder with a small configuration, and the commands started there."""
+
+    folder: Path
+    commands: list[Command]
+
+    def train(self, *arguments: object) -> Command:
+        output = self.folder / f"output-{len(self.commands)}.txt"
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        with output.open("w") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.cli", "train", *map(str, arguments)],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        command = Command(process, output)
+        self.commands.append(command)
+        return command
+
+    def events(self, run: str, kind: str) -> list[dict[str, Any]]:
+        file = self.folder / "runs" / run / "events.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        return [event for event in events if event["event"] == kind]
+
+
+@pytest.fixture
+def workplace(prepared: tuple[DataConfig, Manifest], tmp_path: Path) -> Iterator[Workplace]:
+    config = {
+        "model": {
+            "d_model": 32,
+            "d_ff": 64,
+            "num_heads": 4,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+        },
+        "data": prepared[0].model_dump(mode="json"),
+        "trainer": {
+            "max_steps": 100_000,
+            "log_every": 1,
+            "validate_every": 100_000,
+            "checkpoint_every": 20,
+            "metrics_port": 0,
+            "threads": 1,
+        },
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
+    workplace = Workplace(tmp_path, [])
+    yield workplace
+    for command in workplace.commands:
+        if command.process.poll() is None:
+            os.killpg(command.process.pid, signal.SIGKILL)
+            command.process.wait()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process]) -> list[str]:
+    """Those still running a moment later; a zombie waits only for its parent to look."""
+    _, left = psutil.wait_procs(processes, timeout=5)
+    found = []
+    for process in left:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def worker_pid(workplace: Workplace, run: str, rank: int) -> int:
+    log = workplace.folder / "runs" / run / "logs" / f"rank-{rank:03d}.log"
+    return int(re.findall(r"process (\d+)", log.read_text())[-1])
+
+
+def test_a_run_survives_a_killed_worker_stops_on_request_and_resumes(workplace: Workplace) -> None:
+    command = workplace.train("--config", "toy.yaml", "--name", "one", "--workers", 2)
+    command.wait_for(lambda: workplace.events("one", "checkpoint"))
+
+    # A worker dies: the group begins again from the last checkpoint, without anyone's help.
+    os.kill(worker_pid(workplace, "one", 1), signal.SIGKILL)
+    resumed = command.wait_for(lambda: workplace.events("one", "resumed"))
+    assert resumed[0]["step"] % 20 == 0
+    assert resumed[0]["step"] >= 20
+    command.wait_for(lambda: workplace.events("one", "step")[-1]["step"] > resumed[0]["step"] + 5)
+
+    # Ctrl-C in a terminal reaches every process of the group.
+    processes = descendants(command.process.pid)
+    assert any("RayTrainWorker" in process.name() for process in processes)
+    os.killpg(command.process.pid, signal.SIGINT)
+    assert command.end() == 130
+    text = command.text()
+    assert "rank 1 ended unexpectedly" in text
+    assert "restarting from the last checkpoint" in text
+    assert "saving a checkpoint and stopping; press again to stop at once" in text
+    assert "babelray train --name one --resume" in text
+    assert "Traceback" not in text
+    assert "http://127.0.0.1:" in text
+    assert alive(processes) == []
+    run = workplace.folder / "runs" / "one"
+    stopped_at = workplace.events("one", "checkpoint")[-1]["step"]
+    assert workplace.events("one", "finished")[-1]["reason"] == "stopped"
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}" / "COMMIT").is_file()
+    assert not (run / "stop").exists()
+
+    # The resume goes on where the checkpoint was saved, to a new end.
+    last = stopped_at + 10
+    command = workplace.train(
+        "--name", "one", "--resume", "--workers", 2, "--set", f"trainer.max_steps={last}"
+    )
+    assert command.end() == 0, command.text()
+    assert f"resumed from step {stopped_at}" in command.text()
+    assert f"step {last:>6}  finished: max_steps" in command.text()
+    assert workplace.events("one", "resumed")[-1]["step"] == stopped_at
+    assert json.loads((run / "config.json").read_text())["trainer"]["max_steps"] == last
+
+
+def test_a_damaged_shard_ends_the_run_with_its_name(
+    workplace: Workplace, prepared: tuple[DataConfig, Manifest]
+) -> None:
+    copy = workplace.folder / "damaged"
+    shutil.copytree(prepared[1].folder, copy)
+    for shard in (copy / "shards").iterdir():
+        os.truncate(shard, 3000)
+    # Four workers, also where there are fewer cores.
+    command = workplace.train(
+        "--config", "toy.yaml", "--name", "two", "--workers", 4, "--set", f"data.dir={copy}"
+    )
+    assert command.end() == 1
+    text = command.text()
+    assert "on 4 workers" in text
+    assert re.search(r"babelray: error: the run two failed: .*train-00000\d\.tar", text)
+    assert "babelray train --name two --resume" in text
+    assert "restarting" not in text
+    assert "Traceback" not in text
+    log = workplace.folder / "runs" / "two" / "logs" / "driver.log"
+    assert str(log.parent) in text
+    assert "Traceback" in log.read_text()
