@@ -74,11 +74,14 @@ def _forward(
     grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
     grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
     num_rows = max(16, (_CPU_CHUNK_ELEMENTS if is_cpu else _CHUNK_ELEMENTS) // vocab_size)
+    # Both buffers serve every chunk: fresh ones would be paged in anew each time.
+    buffers = hidden_ND.new_empty((2, min(num_rows, hidden_ND.size(0)), vocab_size))
     for start in range(0, hidden_ND.size(0), num_rows):
         rows = slice(start, start + num_rows)
         hidden_CD, targets_C1, real_C1 = hidden_ND[rows], targets_N[rows, None], real_N1[rows]
-        logits_CV = hidden_CD @ weight_VD.T
-        probs_CV = logits_CV.softmax(1)
+        logits_CV, probs_CV = buffers[:, : hidden_CD.size(0)]
+        torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
+        torch.softmax(logits_CV, 1, out=probs_CV)
         reference_C1 = logits_CV.gather(1, targets_C1).float()
         probability_C1 = probs_CV.gather(1, targets_C1)
         normaliser_C1 = _log_normaliser(logits_CV, reference_C1, probability_C1)
