@@ -268,9 +268,8 @@ def train(
         _say(f"stopped at step {outcome.step}; go on: babelray train --name {name} --resume")
         raise click.exceptions.Exit(128 + outcome.signal)
     if not as_json:
-        click.echo(
-            f"{outcome.run_dir}: finished ({outcome.reason}); next: babelray evaluate {name}"
-        )
+        click.echo(f"{outcome.run_dir}: finished ({outcome.reason})")
+        _say(f"next: babelray evaluate {name}")
 
 
 @cli.command()
@@ -417,7 +416,7 @@ def report(run: str, runs: Path) -> None:
 
 
 def _with_mirror(settings: tuple[str, ...], mirror: str | None) -> tuple[str, ...]:
-    return settings if mirror is None else (*settings, f"data.mirror={json.dumps(mirror)}")
+    return settings if mirror is None else (*settings, f"data.mirror={mirror}")
 
 
 def _evaluation(run_dir: Path, settings: tuple[str, ...]) -> EvaluationConfig:

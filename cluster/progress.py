@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,24 @@ class Narrator:
         self.last_step = 0
         self.reason: str | None = None
         self.valid_nll: float | None = None
+        self._tellers: dict[str, Callable[[dict[str, Any]], str | None]] = {
+            "started": self._started,
+            "resumed": self._resumed,
+            "step": self._step,
+            "validated": self._validated,
+            "checkpoint": self._checkpoint,
+            "worker_failed": self._worker_failed,
+            "finished": self._finished,
+        }
 
     def line(self, event: dict[str, Any]) -> str | None:
         """The line for an event, or None where it has nothing to say to a person."""
-        teller = getattr(self, f"_{event.get('event')}", None)
+        teller = self._tellers.get(str(event.get("event")))
         if teller is None:
             return None
         if isinstance(event.get("step"), int):
             self.last_step = event["step"]
-        text: str | None = teller(event)
-        return text
+        return teller(event)
 
     def _step(self, event: dict[str, Any]) -> str:
         left = self._seconds_left(event)
@@ -85,6 +93,13 @@ class Narrator:
         return (
             f"step {event['step']:>6}  checkpoint saved: {megabytes:.1f} MB"
             f" in {_number(event.get('seconds'), '.1f')} s{best}"
+        )
+
+    def _started(self, event: dict[str, Any]) -> str:
+        self._previous = None
+        return (
+            f"started: {event.get('parameters', 0):,} parameters, "
+            f"{event.get('steps_per_epoch', 0):,} steps an epoch"
         )
 
     def _resumed(self, event: dict[str, Any]) -> str:

@@ -21,6 +21,8 @@ DEFAULT_DASHBOARD_PORT = 8265
 # Ray reserves 30 % of the memory for objects by default; training passes none through it.
 _OBJECT_STORE_BYTES = 128 * 1024**2
 
+_KNOCK_S = 10.0
+
 # What Ray and its children read from the environment. A value that the user has set stays.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -94,17 +96,18 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
             8265 on.
 
     Raises:
-        UserError: the port is in use, or no Ray answers at RAY_ADDRESS.
+        UserError: no Ray answers at RAY_ADDRESS.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address
     environment = dict(_ENVIRONMENT)
-    if not address:
-        if dashboard_port is not None:
-            _check_port(dashboard_port)
+    if address:
+        _check_address(address)
+    else:
         environment |= _LOCAL_ENVIRONMENT
         environment["OMP_NUM_THREADS"] = str(worker_threads(min_cpus, threads))
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    added = {name: value for name, value in environment.items() if name not in os.environ}
+    os.environ.update(added)
 
     import ray
 
@@ -134,6 +137,8 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
         )
     finally:
         ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _connect_to(address: str) -> Any:
@@ -142,18 +147,39 @@ def _connect_to(address: str) -> Any:
     try:
         return ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line}): start it with "
-            "ray start --head, correct the address, or unset RAY_ADDRESS to train on this machine"
-        ) from None
+        raise _no_cluster(address, str(error).strip().partition("\n")[0]) from None
+
+
+def _check_address(address: str) -> None:
+    """Knock at the cluster's door: Ray itself would go on trying for five minutes."""
+    if address.startswith("ray://"):
+        raise _no_cluster(address, "that is a Ray Client address; give the head's own, HOST:6379")
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto" and the like, which Ray resolves at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start it with "
+        "ray start --head, correct the address, or unset RAY_ADDRESS to train on this machine"
+    )
 
 
 def _import_torch() -> None:
     import torch  # noqa: F401
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
+    """Refuse a dashboard port that something else listens on.
+
+    Raises:
+        UserError: as said.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -75,10 +75,11 @@ def start(
     commanded_at = time.time()
     run_dir = (runs / name).absolute()
     check_lanes(config, workers)
+    if dashboard_port is not None:
+        session.check_port(dashboard_port)
     with claim(run_dir):
         if overwrite:
             clear(run_dir)
-        write_config(config, run_dir)
         logs_dir(run_dir).mkdir(exist_ok=True)
         stop_file = run_dir / "stop"
         stop_file.unlink(missing_ok=True)
@@ -96,22 +97,10 @@ def start(
             if workers is None:
                 workers = max(1, min(int(ray_session.num_gpus), config.data.lanes))
             _check_resources(ray_session, workers)
+            write_config(config, run_dir)
             if ray_session.dashboard_url:
                 say(f"Ray dashboard: {ray_session.dashboard_url}")
             say(f"training {run_dir} on {workers} worker{'s' if workers > 1 else ''}")
-            narrator = Narrator(config)
-            tails = (
-                Tail(run_dir / "events.jsonl"),
-                Tail(logs_dir(run_dir) / "failures.jsonl"),
-            )
-
-            def tell() -> None:
-                for tail in tails:
-                    for event in tail.read():
-                        line = narrator.line(event)
-                        if line is not None:
-                            say(line)
-
             fit = _Fit(
                 _trainer(
                     config,
@@ -123,12 +112,7 @@ def start(
                     train=train,
                 )
             )
-            fit.start()
-            while fit.is_alive() and not interrupts.at_once:
-                fit.join(_POLL_S)
-                interrupts.repeat()
-                tell()
-            tell()
+            narrator = _watch(fit, config, run_dir, interrupts, say)
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt
@@ -142,6 +126,30 @@ def start(
             seconds=time.time() - commanded_at,
             signal=interrupts.signal if narrator.reason in {None, "stopped"} else None,
         )
+
+
+def _watch(
+    fit: _Fit,
+    config: RunConfig,
+    run_dir: Path,
+    interrupts: _Interrupts,
+    say: Callable[[str], None],
+) -> Narrator:
+    """Start ``fit`` and tell what the run logs until it ends, or is to end at once."""
+    narrator = Narrator(config)
+    tails = Tail(run_dir / "events.jsonl"), Tail(logs_dir(run_dir) / "failures.jsonl")
+    fit.start()
+    is_over = False
+    while not is_over:
+        fit.join(_POLL_S)
+        is_over = interrupts.at_once or not fit.is_alive()  # then what is logged is complete
+        interrupts.repeat()
+        for tail in tails:
+            for event in tail.read():
+                line = narrator.line(event)
+                if line is not None:
+                    say(line)
+    return narrator
 
 
 def check_lanes(config: RunConfig, workers: int | None) -> None:

@@ -1,0 +1,72 @@
+"""From Ray's wrapped exceptions to one message, and whether a restart can help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from cluster.failures import explain, hopeless, summarize
+from cluster.worker import FailureCallback, failures_path
+from data_shards.errors import DataError, RunFailedError
+
+DATA = DataError("shards/train-000000.tar is cut short: prepare it again")
+DEAD = WorkerHealthCheckFailedError("Worker died", ActorDiedError())
+CLOSED = RuntimeError("gloo: long\nstack\nConnection closed by peer [127.0.0.1]:1234")
+
+
+def test_a_users_error_is_final_and_comes_first() -> None:
+    assert hopeless([CLOSED, DATA]) is DATA
+    assert hopeless([KeyError("x"), DATA]) is DATA
+    assert hopeless([DEAD, DATA]) is DATA
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), ValueError("x"), ImportError()])
+def test_a_bug_is_final(error: Exception) -> None:
+    assert hopeless([error]) is error
+
+
+@pytest.mark.parametrize("errors", [[DEAD], [CLOSED], [OSError("net")], [DEAD, ValueError("x")]])
+def test_a_death_and_what_follows_from_it_are_worth_a_restart(errors: list[Exception]) -> None:
+    assert hopeless(errors) is None
+
+
+def test_summaries() -> None:
+    assert summarize({0: CLOSED, 3: DATA}) == f"rank 3: {DATA}"
+    assert summarize({0: CLOSED, 1: DEAD}).startswith("the process of rank 1 ended unexpectedly")
+    assert summarize({0: DEAD, 1: DEAD}).startswith("the processes of rank 0, 1 ended")
+    assert summarize({2: CLOSED}) == (
+        "rank 2: RuntimeError: Connection closed by peer [127.0.0.1]:1234"
+    )
+    assert summarize({0: ValueError()}) == "rank 0: ValueError"
+
+
+def test_explains_what_the_worker_said_through_all_wrapping() -> None:
+    assert explain(WorkerGroupError("text", {0: CLOSED, 1: DATA})) == str(DATA)
+    assert explain(ControllerError(DATA)) == str(DATA)
+    assert explain(ControllerError(ControllerError(RunFailedError("the loss is nan")))) == (
+        "the loss is nan"
+    )
+    assert "rank 1 ended" in explain(WorkerGroupError("text", {1: DEAD}))
+    assert explain(ActorDiedError()).startswith("ActorDiedError: The actor died unexpectedly")
+    assert explain(OSError("first\nlast words")) == "OSError: last words"
+
+
+def test_the_callback_notes_a_failure_and_lets_ray_restart(tmp_path: Path) -> None:
+    failures_path(tmp_path).parent.mkdir()
+    FailureCallback(tmp_path).after_exception(None, {1: DEAD})
+    (line,) = failures_path(tmp_path).read_text().splitlines()
+    record = json.loads(line)
+    assert record["ranks"] == [1]
+    assert record["final"] is False
+
+
+def test_the_callback_ends_a_run_that_a_restart_cannot_help(tmp_path: Path) -> None:
+    failures_path(tmp_path).parent.mkdir()
+    with pytest.raises(DataError, match="cut short"):
+        FailureCallback(tmp_path).after_exception(None, {0: CLOSED, 1: DATA})
+    assert json.loads(failures_path(tmp_path).read_text())["final"] is True

@@ -1,0 +1,144 @@
+"""Events as lines for a person."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.progress import Narrator, Tail, duration
+from trainer.config import load_config
+
+
+def narrator(*settings: str) -> Narrator:
+    return Narrator(load_config(None, settings))
+
+
+def step(number: int, elapsed_s: float) -> dict[str, Any]:
+    return {
+        "event": "step",
+        "step": number,
+        "epoch": 2,
+        "loss": 3.25,
+        "tokens_per_second": 12345.6,
+        "learning_rate": 0.001,
+        "elapsed_s": elapsed_s,
+    }
+
+
+def test_tail_gives_what_is_appended_and_waits_for_whole_lines(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    tail = Tail(file)
+    assert list(tail.read()) == []
+    file.write_text('{"a": 1}\n{"b"')
+    assert list(tail.read()) == [{"a": 1}]
+    with file.open("a") as stream:
+        stream.write(': 2}\nbroken\n[1]\n{"ä": 3}\n')
+    assert list(tail.read()) == [{"b": 2}, {"ä": 3}]
+    assert list(tail.read()) == []
+
+
+def test_tail_begins_at_the_end_of_an_earlier_attempt(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"old": 1}\n')
+    tail = Tail(file)
+    with file.open("a") as stream:
+        stream.write('{"new": 1}\n')
+    assert list(tail.read()) == [{"new": 1}]
+
+
+def test_tail_survives_a_file_that_was_cut(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"old": 1}\n' * 5)
+    tail = Tail(file)
+    file.write_text('{"kept": 1}\n')
+    assert list(tail.read()) == []
+    with file.open("a") as stream:
+        stream.write('{"new": 1}\n')
+    assert list(tail.read()) == [{"new": 1}]
+
+
+def test_a_step_in_one_line() -> None:
+    line = narrator("trainer.max_steps=100").line(step(10, 5.0))
+    assert line is not None
+    for part in ("10", "epoch   2", "3.2500", "12,346 tokens/s", "1.00e-03"):
+        assert part in line
+    assert "left" not in line  # one point is no pace
+
+
+def test_time_left_follows_the_latest_pace() -> None:
+    told = narrator("trainer.max_steps=100")
+    told.line(step(10, 60.0))  # slow at first
+    line = told.line(step(20, 70.0))
+    assert line is not None
+    assert line.endswith("left 1:20")  # 80 steps at 1 s
+
+
+def test_time_left_obeys_the_nearer_limit() -> None:
+    told = narrator("trainer.max_steps=1000", "trainer.max_minutes=2")
+    told.line(step(10, 10.0))
+    line = told.line(step(20, 20.0))
+    assert line is not None
+    assert line.endswith("left 1:40")
+
+
+def test_pace_is_not_measured_across_a_restart() -> None:
+    told = narrator("trainer.max_steps=100")
+    told.line(step(50, 50.0))
+    told.line({"event": "resumed", "step": 40})
+    line = told.line(step(60, 55.0))
+    assert line is not None
+    assert "left" not in line
+
+
+def test_a_loss_that_json_cannot_hold_is_a_dash() -> None:
+    line = narrator().line({**step(1, 1.0), "loss": None})
+    assert line is not None
+    assert "loss        -" in line
+
+
+def test_other_events() -> None:
+    told = narrator()
+    lines = [
+        told.line(event)
+        for event in (
+            {"event": "started", "step": 0, "parameters": 1234567, "steps_per_epoch": 89},
+            {"event": "validated", "step": 5, "valid_nll": 1.5, "perplexity": 4.4817},
+            {"event": "checkpoint", "step": 5, "bytes": 2_500_000, "seconds": 0.25, "best": True},
+            {"event": "worker_failed", "message": "rank 1: gone", "final": False},
+            {"event": "worker_failed", "message": "rank 1: no data", "final": True},
+            {"event": "finished", "step": 5, "reason": "max_steps"},
+            {"event": "something new", "step": 6},
+        )
+    ]
+    assert lines == [
+        "started: 1,234,567 parameters, 89 steps an epoch",
+        "step      5  validated: nll 1.5000, perplexity 4.48",
+        "step      5  checkpoint saved: 2.5 MB in 0.2 s, the best so far",
+        "failed: rank 1: gone; restarting from the last checkpoint",
+        None,
+        "step      5  finished: max_steps",
+        None,
+    ]
+    assert (told.last_step, told.reason, told.valid_nll) == (5, "max_steps", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (723, "12:03"), (12345, "3:25:45")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_events_are_json_lines_as_the_trainer_writes_them(tmp_path: Path) -> None:
+    from trainer.events import EventLog
+
+    tail = Tail(tmp_path / "events.jsonl")
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("validated", step=3, valid_nll=2.0, perplexity=7.389)
+    log.close()
+    (event,) = tail.read()
+    assert json.dumps(event)
+    assert narrator().line(event) == "step      3  validated: nll 2.0000, perplexity 7.39"
