@@ -139,7 +139,7 @@ def test_train_refuses(arguments: list[str], parts: list[str], tmp_path: Path) -
         (None, "not found"),
         ("- a list", "mapping"),
         ("a: [", "not YAML"),
-        ("modell: {}", "unknown key modell"),
+        ("modelx: {}", "unknown key modelx"),
         ("data: {corpus: 7}", "data.corpus"),
     ],
 )
