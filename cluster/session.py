@@ -174,18 +174,29 @@ def _import_torch() -> None:
     import torch  # noqa: F401
 
 
-def check_port(port: int) -> None:
-    """Refuse a dashboard port that something else listens on.
+def check_ports(*, dashboard_port: int | None, metrics_host: str, metrics_port: int) -> None:
+    """Refuse ports of this machine that something else listens on.
 
     Raises:
-        UserError: as said.
+        UserError: names the setting and the mend.
     """
+    if dashboard_port is not None and (problem := _in_use(LOOPBACK, dashboard_port)):
+        raise UserError(
+            f"--dashboard-port {dashboard_port}: {problem}: give another port, or none to take "
+            f"the first free one from {DEFAULT_DASHBOARD_PORT} on"
+        )
+    if metrics_port and (problem := _in_use(metrics_host, metrics_port)):
+        raise UserError(
+            f"trainer.metrics_port {metrics_port}: {problem}, perhaps by another run: choose "
+            f"another with --set trainer.metrics_port={metrics_port + 1}, or 0 for no metrics"
+        )
+
+
+def _in_use(host: str, port: int) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"--dashboard-port {port}: {error.strerror}: give another port, or none to take "
-                f"the first free one from {DEFAULT_DASHBOARD_PORT} on"
-            ) from None
+            return error.strerror or str(error)
+    return None

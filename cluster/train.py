@@ -6,6 +6,7 @@ checkpoint. Ray's own state lies in a hidden folder of the run and decides nothi
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -75,8 +76,12 @@ def start(
     commanded_at = time.time()
     run_dir = (runs / name).absolute()
     check_lanes(config, workers)
-    if dashboard_port is not None:
-        session.check_port(dashboard_port)
+    if not os.environ.get("RAY_ADDRESS"):  # else the workers run on other machines
+        session.check_ports(
+            dashboard_port=dashboard_port,
+            metrics_host=config.trainer.metrics_host,
+            metrics_port=config.trainer.metrics_port,
+        )
     with claim(run_dir):
         if overwrite:
             clear(run_dir)

@@ -30,14 +30,22 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.worker_threads(2, None) == 4
 
 
+def check_ports(dashboard_port: int | None, metrics_port: int) -> None:
+    session.check_ports(
+        dashboard_port=dashboard_port, metrics_host=session.LOOPBACK, metrics_port=metrics_port
+    )
+
+
 def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:
     with socket.socket() as taken:
         taken.bind((session.LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--dashboard-port {port}.*another port"):
-            session.check_port(port)
-    session.check_port(port)
+            check_ports(port, 0)
+        with pytest.raises(UserError, match=f"metrics_port {port}.*metrics_port={port + 1}"):
+            check_ports(None, port)
+    check_ports(port, port)
 
 
 def free_port() -> int:
