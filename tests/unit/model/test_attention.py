@@ -21,6 +21,10 @@ from model.attention import (
 SHAPES = [(3, 5, 5), (2, 1, 7), (2, 16, 16), (1, 33, 20)]
 
 
+def _choose(monkeypatch: pytest.MonkeyPatch, explicit: bool) -> None:
+    monkeypatch.setattr(attention, "use_explicit", lambda *_, **__: explicit)
+
+
 def _heads(batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(queries)
     draw = lambda length: torch.randn(batch, 4, length, 8, generator=generator)  # noqa: E731
@@ -44,13 +48,16 @@ def test_the_reference_equals_numbers_worked_by_hand() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_and_explicit_equal_the_reference(shape: tuple[int, int, int], masked: bool) -> None:
+def test_fused_and_explicit_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], masked: bool
+) -> None:
     heads = _heads(*shape)
     mask = _padding(shape[0], shape[2]) if masked else None
     expected, _ = reference_attention(*heads, mask)
-    assert attention.use_explicit(heads[0].device, shape[1], shape[2])
     torch.testing.assert_close(fused_attention(*heads, mask), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(attend(*heads, mask), expected, rtol=1e-5, atol=1e-5)
+    for explicit in (False, True):
+        _choose(monkeypatch, explicit)
+        torch.testing.assert_close(attend(*heads, mask), expected, rtol=1e-5, atol=1e-5)
 
 
 def _module(*, over_memory: bool, dropout: float = 0.0) -> MultiHeadAttention:
@@ -78,8 +85,9 @@ def test_the_explicit_training_path_equals_the_fused_one(
     if case == "memory":
         memory = torch.randn(3, 9, 32, generator=generator, requires_grad=True)
     mask = _padding(3, 9 if case == "memory" else 6) if masked and case != "causal" else None
+    _choose(monkeypatch, True)
     explicit = _gradients(module, inputs, memory, mask, causal=case == "causal")
-    monkeypatch.setattr(attention, "_EXPLICIT_MAX_SCORES", 0)
+    _choose(monkeypatch, False)
     fused = _gradients(module, inputs, memory, mask, causal=case == "causal")
     for one, other in zip(explicit, fused, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -95,6 +103,7 @@ def test_attention_dropout_has_the_gradients_of_its_mask(monkeypatch: pytest.Mon
         kept = torch.rand(like.shape, generator=generator) >= probability
         return kept.to(like.dtype), 1 / (1 - probability)
 
+    _choose(monkeypatch, True)
     monkeypatch.setattr(attention, "keep_mask", fixed)
     torch.autograd.gradcheck(module, (inputs,))
 
@@ -112,8 +121,7 @@ def test_attention_dropout_only_in_training() -> None:
 def test_a_row_without_keys_is_finite(
     monkeypatch: pytest.MonkeyPatch, explicit: bool, dtype: torch.dtype
 ) -> None:
-    if not explicit:
-        monkeypatch.setattr(attention, "_EXPLICIT_MAX_SCORES", 0)
+    _choose(monkeypatch, explicit)
     module = _module(over_memory=False).to(dtype)
     inputs = torch.randn(2, 4, 32, dtype=dtype, requires_grad=True)
     keep = torch.tensor([[True, True, False, False], [False, False, False, False]])
@@ -124,11 +132,20 @@ def test_a_row_without_keys_is_finite(
     assert bool(torch.isfinite(inputs.grad).all())
 
 
-def test_huge_scores_neither_overflow_nor_vanish() -> None:
+def test_huge_scores_neither_overflow_nor_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    _choose(monkeypatch, True)
     heads = tuple(tensor * 1e4 for tensor in _heads(2, 5, 6))
     expected, _ = reference_attention(*heads, None)
     torch.testing.assert_close(attend(*heads, None), expected)
     assert bool(torch.isfinite(expected).all())
+
+
+def test_only_short_attention_on_a_cpu_is_explicit() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for gradients in (False, True):
+        assert attention.use_explicit(cpu, torch.bfloat16, 14, 14, gradients=gradients)
+        assert not attention.use_explicit(cpu, torch.bfloat16, 999, 999, gradients=gradients)
+        assert not attention.use_explicit(cuda, torch.bfloat16, 14, 14, gradients=gradients)
 
 
 def test_causal_mask_is_lower_triangular_and_cached() -> None:

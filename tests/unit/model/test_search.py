@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.search import BOS_ID, EOS_ID, Hypothesis, beam_search
+from model.search import BOS_ID, EOS_ID, Hypothesis, beam_search, top
 from model.transformer import Transformer, build
 
 VOCAB = 7
@@ -202,6 +202,14 @@ def test_the_mode_of_the_model_is_put_back() -> None:
 def test_more_hypotheses_than_the_beam_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_best 5 must lie between 1 and beam \(4\)"):
         _search(_model(), _sources(1, 3), num_best=5)
+
+
+@pytest.mark.parametrize("columns", [5, 800, 1003])
+def test_top_is_topk(columns: int) -> None:
+    values = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
+    values[:, :2] = -math.inf
+    for ours, theirs in zip(top(values, 5), values.topk(5, dim=1), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_an_empty_batch() -> None:
