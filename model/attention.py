@@ -302,14 +302,14 @@ class MultiHeadAttention(nn.Module):
         """[B, L, D] to [B, H, L, K] (a view)."""
         return split_heads(inputs_BLD, self.num_heads, self.width)[0]
 
-    def step(self, inputs_N1D: Tensor, cache_2NHSK: Tensor, position: int) -> Tensor:
+    def step(self, inputs_N1D: Tensor, cache_N2HSK: Tensor, position: int) -> Tensor:
         """Self-attention of one new position over itself and those in the cache, without gradients.
 
-        The new position's key and value are written to ``cache_2NHSK`` at ``position``.
+        The new position's key and value are written to ``cache_N2HSK`` at ``position``.
         """
         parts_3NH1K = split_heads(self.query_key_value(inputs_N1D), self.num_heads, self.width)
-        cache_2NHSK[:, :, :, position] = parts_3NH1K[1:, :, :, 0]
-        key, value = cache_2NHSK[:, :, :, : position + 1]
+        cache_N2HSK[:, :, :, position] = parts_3NH1K[1:, :, :, 0].transpose(0, 1)
+        key, value = cache_N2HSK[:, :, :, : position + 1].unbind(1)
         return self.output(join_heads(attend(parts_3NH1K[0], key, value, None)))  # type: ignore[no-any-return]
 
     def memory_heads(self, memory_BSD: Tensor) -> Tensor:

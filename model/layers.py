@@ -201,7 +201,7 @@ class DecoderLayer(_Layer):
     def step(
         self,
         states_N1D: Tensor,
-        cache_2NHTK: Tensor,
+        cache_N2HTK: Tensor,
         position: int,
         memory_2BHSK: Tensor,
         memory_mask: Tensor | None,
@@ -210,7 +210,7 @@ class DecoderLayer(_Layer):
         states_N1D = self.residual(
             states_N1D,
             self.attention_norm,
-            lambda x: self.attention.step(x, cache_2NHTK, position),
+            lambda x: self.attention.step(x, cache_N2HTK, position),
         )
         states_N1D = self.residual(
             states_N1D,

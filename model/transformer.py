@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         state.reserve()
         for index, layer in enumerate(self.decoder):
             states_N1D = _decoder_layer(layer).step(
-                states_N1D, state.cache[index], state.length, state.memory[index], state.mask
+                states_N1D, state.cache[:, index], state.length, state.memory[index], state.mask
             )
         state.length += 1
         return self.project(self.decoder_norm(states_N1D)[:, 0])
