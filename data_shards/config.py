@@ -27,8 +27,12 @@ class DataConfig(BaseModel):
 
     # What is prepared.
     corpus: str = Field("embedded", description="a name of the catalogue, or 'files'")
-    source: str = Field("en", description="language code; with corpus=files, the source text's path")
-    target: str = Field("de", description="language code; with corpus=files, the target text's path")
+    source: str = Field(
+        "en", description="language code; with corpus=files, the source text's path"
+    )
+    target: str = Field(
+        "de", description="language code; with corpus=files, the target text's path"
+    )
     valid_source: str | None = Field(None, description="corpus=files: validation source path")
     valid_target: str | None = Field(None, description="corpus=files: validation target path")
     test_source: str | None = Field(None, description="corpus=files: test source path")
@@ -50,7 +54,10 @@ class DataConfig(BaseModel):
         5_000_000, ge=1000, description="sentences that the vocabulary is learnt from, at most"
     )
     block_pairs: int | None = Field(
-        None, ge=1, le=65_536, description="pairs a block; by default 1024, fewer if the corpus is small"
+        None,
+        ge=1,
+        le=65_536,
+        description="pairs a block; by default 1024, fewer if the corpus is small",
     )
     shard_pairs: int = Field(262_144, ge=1, description="pairs a shard, about")
 

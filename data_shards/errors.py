@@ -1,4 +1,4 @@
-"""The errors a user can cause. The command line prints their message and exits; nothing else is shown.
+"""The errors a user can cause: the command line prints their message, nothing else, and exits.
 
 They live here, in the lowest layer that raises them, so that ``trainer`` and ``cluster`` share one
 hierarchy without ``model`` depending on anything.
