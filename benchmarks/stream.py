@@ -11,10 +11,8 @@ use too, the second is the one to compare.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,15 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from common import RESULTS, corpus_config, default_corpora, machine, write_result
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data_shards.config import DataConfig
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from data_shards.shards import prepare
 
-RESULTS = Path(__file__).parent / "results" / "stream.json"
 GOAL_TOKENS_PER_S = 1_000_000
 PLANNED_PAIRS = 36_000_000  # WMT14 English-French
 
@@ -181,38 +176,6 @@ def made_up_lengths(manifest: Manifest, file: Path, num_pairs: int) -> None:
     lengths.flush()
 
 
-def corpus_config(corpora: Path | None, root: Path) -> DataConfig:
-    """Multi30k where it is at hand, else the generated corpus."""
-    if corpora is not None and (corpora / "multi30k" / "train.en.gz").is_file():
-        mirror = str(corpora / "multi30k")
-        return DataConfig(corpus="multi30k", mirror=mirror, vocabulary_size=8000, root=root)
-    return DataConfig(corpus="embedded", vocabulary_size=512, root=root)
-
-
-def machine() -> dict[str, object]:
-    """What the numbers were taken on."""
-    import torch
-    import webdataset
-
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "webdataset": webdataset.__version__,
-    }
-
-
 def measure_plans(manifest: Manifest, folder: Path, num_pairs: int) -> list[dict[str, object]]:
     """Each in a process of its own, so that its peak memory is its own."""
     file = folder / "lengths.npy"
@@ -227,10 +190,9 @@ def measure_plans(manifest: Manifest, folder: Path, num_pairs: int) -> list[dict
 
 def main() -> None:
     """Measure, print, write."""
-    corpora = os.environ.get("BABELRAY_TEST_CORPORA")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--corpora", type=Path, default=Path(corpora) if corpora else None)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--corpora", type=Path, default=default_corpora())
+    parser.add_argument("--output", type=Path, default=RESULTS / "stream.json")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--passes", type=int, default=3, help="passes over the corpus a repeat")
     parser.add_argument(
@@ -250,7 +212,7 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
-        config = corpus_config(arguments.corpora, Path(folder))
+        config = corpus_config(arguments.corpora, Path(folder), vocabulary_size=8000)
         manifest = Manifest.load(prepare(config))
         print(f"stream, one core: {config.corpus}, {manifest.num_pairs:,} pairs")
         print(f"{'':32}{'tokens/s':>12}{'tokens/CPU s':>14}{'first step':>12}{'unpadded':>10}")
@@ -281,17 +243,13 @@ def main() -> None:
         f"it by the clock, {by_cpu / GOAL_TOKENS_PER_S:.2f} by processor time "
         f"(load {before['load_average']:.1f} to {os.getloadavg()[0]:.1f})"
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": "python benchmarks/stream.py",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": before | {"load_average_after": os.getloadavg()[0]},
         "corpus": corpus,
         "goal_tokens_per_s": GOAL_TOKENS_PER_S,
         "stream": [asdict(result) for result in streams],
         "plan": plans,
     }
-    arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    write_result(arguments.output, before, content)
 
 
 if __name__ == "__main__":

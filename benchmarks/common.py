@@ -1,0 +1,254 @@
+"""What the benchmarks share: the corpus, the machine's description, results, and taking turns.
+
+Contestants are measured interleaved: each lives in a process of its own and waits until it is its
+turn, so that all meet the same moods of a shared machine and none disturbs another.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(ROOT))
+
+from data_shards.config import DataConfig  # noqa: E402
+
+_PACKAGES = ("torch", "numpy", "deepspeed", "ray", "webdataset")
+
+
+def default_corpora() -> Path:
+    """Where raw corpora are looked for, as the tests do."""
+    given = os.environ.get("BABELRAY_TEST_CORPORA")
+    return Path(given) if given else ROOT.parent / "shared" / "data"
+
+
+def corpus_config(corpora: Path, root: Path, **values: Any) -> DataConfig:
+    """Multi30k where it is at hand, else the generated corpus; ``values`` are DataConfig's."""
+    if (corpora / "multi30k" / "train.en.gz").is_file():
+        values = {"corpus": "multi30k", "mirror": str(corpora / "multi30k"), **values}
+    else:
+        values = {**values, "corpus": "embedded", "vocabulary_size": 512}
+    return DataConfig(root=root, **values)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers are taken on, now."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def write_result(file: Path, before: Mapping[str, object], content: Mapping[str, object]) -> None:
+    """Write a result with where and when it was taken; ``before`` is ``machine()`` at the start."""
+    head = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "machine": {**before, "load_average_after": os.getloadavg()[0]},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**head, **content}, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a contestant did in one turn; ``cpu_s`` is user and system time of all threads."""
+
+    tokens: int
+    steps: int
+    cpu_s: float
+    wall_s: float
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        """The rate that is compared."""
+        return self.tokens / self.cpu_s
+
+
+class Contestant(Protocol):
+    """Something that trains when told to, and stands still otherwise."""
+
+    name: str
+
+    def turn(self, seconds: float) -> Turn:
+        """Train for about ``seconds`` of processor time, whole steps, at least one."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Worker:
+    """The coordinator's side of a contestant: this very script, run again as a process.
+
+    The script is called with ``--worker KIND RUN_DIR`` and one thread; it uses a ``Meter``.
+    """
+
+    def __init__(self, name: str, kind: str, run_dir: Path) -> None:
+        self.name = name
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONPATH": str(ROOT),
+        }
+        self._log = run_dir / "stderr.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, sys.argv[0], "--worker", kind, str(run_dir)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
+        self._read()  # until it is set up: set-ups do not overlap with turns
+
+    def turn(self, seconds: float) -> Turn:
+        """See ``Contestant``."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return Turn(**self._read())
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process, which waits for a turn."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=20)
+
+
+class Meter:
+    """The process' side: counts steps, and waits between turns inside ``stepped``.
+
+    Standard output carries the answers; what else is printed goes to standard error.
+    """
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def start(self) -> None:
+        """Set-up is over; returns when the first turn begins."""
+        self._cpu_s = time.process_time()
+        self._answer({})
+
+    def stepped(self, tokens: int) -> None:
+        """A step is over; ends the turn, and waits for the next, if the turn's time is up."""
+        self._tokens += tokens
+        self._steps += 1
+        cpu_s = time.process_time()
+        # Counted from the end of the last turn: what a prefetching thread did since is work too.
+        if cpu_s - self._cpu_s < self._seconds:
+            return
+        wall_s = time.perf_counter() - self._began
+        turn = Turn(self._tokens, self._steps, cpu_s - self._cpu_s, wall_s)
+        self._cpu_s = cpu_s
+        self._answer(asdict(turn))
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=self._answers, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)
+        self._seconds, self._tokens, self._steps = float(line), 0, 0
+        self._began = time.perf_counter()
+
+
+def take_turns(
+    contestants: Sequence[Contestant], *, rounds: int, seconds: float, say: Callable[[str], None]
+) -> list[list[Turn]]:
+    """Every contestant's turns: a warm-up each, then rounds in which each has one.
+
+    Every other round goes backwards, so that nobody always follows the same neighbour.
+    """
+    for contestant in contestants:
+        contestant.turn(seconds / 3)
+    turns: list[list[Turn]] = [[] for _ in contestants]
+    for number in range(rounds):
+        order = range(len(contestants))
+        for index in order if number % 2 == 0 else reversed(order):
+            turns[index].append(contestants[index].turn(seconds))
+        rates = "  ".join(
+            f"{contestant.name} {own[-1].tokens_per_cpu_s:,.0f}"
+            for contestant, own in zip(contestants, turns, strict=True)
+        )
+        say(f"  round {number + 1} of {rounds}: {rates}")
+    return turns
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and what it lies between."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of a few measurements."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def rates(turns: Sequence[Turn]) -> Spread:
+    """Tokens per CPU-second."""
+    return Spread.of([turn.tokens_per_cpu_s for turn in turns])
+
+
+def ratios(turns: Sequence[Turn], others: Sequence[Turn]) -> Spread:
+    """How many times as fast as ``others``, round by round."""
+    pairs = zip(turns, others, strict=True)
+    return Spread.of([one.tokens_per_cpu_s / other.tokens_per_cpu_s for one, other in pairs])
+
+
+def one_rank(run_dir: Path) -> None:
+    """Make this process the only rank of a gloo group with one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{run_dir.absolute()}/rendezvous", rank=0, world_size=1
+    )
