@@ -74,7 +74,7 @@ class Narrator:
         left = self._seconds_left(event)
         return (
             f"step {event['step']:>6}  epoch {_number(event.get('epoch'), 'd'):>3}"
-            f"  loss {_number(event.get('loss'), '.4f'):>8}"
+            f"  loss {_number(event.get('mean_loss'), '.4f'):>8}"
             f"  {_number(event.get('tokens_per_second'), ',.0f'):>8} tokens/s"
             f"  rate {_number(event.get('learning_rate'), '.2e')}"
             + (f"  left {duration(left)}" if left is not None else "")

@@ -91,7 +91,8 @@ def curves(events: list[Event], evaluations: list[Result]) -> list[dict[str, Any
                 "Loss",
                 "Negative log-likelihood a target token, without label smoothing.",
                 "nats a token",
-                series(steps, "nll", "training") + series(validated, "valid_nll", "validation"),
+                series(steps, "mean_nll", "training")
+                + series(validated, "valid_nll", "validation"),
             ),
             _Chart("bleu", "BLEU", "Of the checkpoints that were evaluated.", "BLEU", tested),
             _Chart(

@@ -24,7 +24,7 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.events import EventLog
 from trainer.metrics import Metrics
-from trainer.reporter import Reporter
+from trainer.reporter import Reporter, Update
 from trainer.schedule import learning_rate, progress
 from trainer.validation import ValidationSet, empty_batch
 
@@ -99,7 +99,16 @@ class Rank:
         ``events`` and ``metrics`` are rank 0's; None elsewhere.
         """
         config = self.config.trainer
-        reporter = Reporter(self, events, metrics)
+        reporter = Reporter(
+            self.config,
+            self.manifest,
+            self.plan,
+            self.state,
+            world_size=self.world_size,
+            device=self.device,
+            events=events,
+            metrics=metrics,
+        )
         # A resume with a smaller bound, or of a finished run, has nothing to do.
         reason = self._reason_to_stop(stop_requested=False)
         if reason:
@@ -131,7 +140,7 @@ class Rank:
                 )
                 grad_norm = self.engine.step(rate)
                 self._advance(totals, batches.step)
-                reporter.stepped(totals, target_tokens, rate, grad_norm, waited_s)
+                reporter.stepped(Update(totals.loss_sum, totals.nll_sum, rate, grad_norm, waited_s))
 
                 reason = self._reason_to_stop(stop_requested=totals.stop_requested)
                 improved = False

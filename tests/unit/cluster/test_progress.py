@@ -21,7 +21,7 @@ def step(number: int, elapsed_s: float) -> dict[str, Any]:
         "event": "step",
         "step": number,
         "epoch": 2,
-        "loss": 3.25,
+        "mean_loss": 3.25,
         "tokens_per_second": 12345.6,
         "learning_rate": 0.001,
         "elapsed_s": elapsed_s,
@@ -94,7 +94,7 @@ def test_pace_is_not_measured_across_a_restart() -> None:
 
 
 def test_a_loss_that_json_cannot_hold_is_a_dash() -> None:
-    line = narrator().line({**step(1, 1.0), "loss": None})
+    line = narrator().line({**step(1, 1.0), "mean_loss": None})
     assert line is not None
     assert "loss        -" in line
 

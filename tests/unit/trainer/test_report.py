@@ -76,6 +76,7 @@ def _log(run_dir, steps=range(10, 181, 10)):
     for step in steps:
         log.write(
             "step", step=step, epoch=0, loss=5 - step / 100, nll=4.5 - step / 100,
+            mean_loss=5 - step / 100, mean_nll=4.5 - step / 100,
             learning_rate=step * 1e-5, grad_norm=1.0, target_tokens=step * 1000,
             source_tokens=step * 900, tokens_per_second=4000.0 + step, mfu=None, world_size=2,
             elapsed_s=step / 2,
