@@ -110,6 +110,10 @@ test: setup ## Run the tests (those marked slow aside)
 test-slow: setup ## Run the tests that take minutes each
 	@$(BIN)/pytest -m slow $(PYTEST)
 
+.PHONY: bench
+bench: setup ## Measure speed against alternatives (half an hour); writes benchmarks/results
+	@for name in stream train overhead; do $(BIN)/python benchmarks/$$name.py; done
+
 .PHONY: lint
 lint: setup ## Check style, types, layers, spelling and scripts; changes nothing
 	@$(BIN)/ruff check .

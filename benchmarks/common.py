@@ -25,7 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(ROOT))
 
+from cluster import session  # noqa: E402
 from data_shards.config import DataConfig  # noqa: E402
+
+ALLOCATOR = {
+    name: value for name, value in session._ENVIRONMENT.items() if name.startswith("MALLOC_")
+}
 
 _PACKAGES = ("torch", "numpy", "deepspeed", "ray", "webdataset")
 
@@ -115,12 +120,14 @@ class Worker:
     """The coordinator's side of a contestant: this very script, run again as a process.
 
     The script is called with ``--worker KIND RUN_DIR`` and one thread; it uses a ``Meter``.
+    ``like_ours`` gives it the allocator's settings that ``babelray train`` gives its workers.
     """
 
-    def __init__(self, name: str, kind: str, run_dir: Path) -> None:
+    def __init__(self, name: str, kind: str, run_dir: Path, *, like_ours: bool) -> None:
         self.name = name
         environment = {
             **os.environ,
+            **(ALLOCATOR if like_ours else {}),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
             "PYTHONPATH": str(ROOT),

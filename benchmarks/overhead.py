@@ -1,11 +1,13 @@
-"""What DeepSpeed, the stream, metrics and Ray cost: the same model trained in three ways, in turns.
+"""What DeepSpeed, the trainer's loop and Ray cost: the same model trained in four ways, in turns.
 
     python benchmarks/overhead.py          # prints a table, writes benchmarks/results/overhead.json
 
   bare       a plain PyTorch loop of this model on batches that lie ready in memory: the same
-             precision (bfloat16 weights with float32 masters by hand), Adam and clipping
+             precision (bfloat16 weights with float32 masters by hand), Adam and clipping,
+             under the same settings of the allocator
   engine     the same batches through DeepSpeed (trainer.engine)
-  command    ``babelray train`` with one worker: Ray, the stream, events and metrics
+  loop       the trainer's whole loop in one process: plan, stream, events, metrics, DeepSpeed
+  command    ``babelray train`` with one worker: the same under Ray
 
 Rates are real source and target tokens per second of processor time. For the command it is taken
 between two logged steps in the middle of the run: of the worker alone, and of every process that
@@ -46,24 +48,19 @@ from common import (
     take_turns,
     write_result,
 )
+from train import run_config, train_ours
 
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from data_shards.shards import prepare
 from data_shards.stream import StepBatches, Stream
 from model.config import ModelConfig
-from trainer.config import RunConfig, TrainerConfig, parse_config
+from trainer.config import RunConfig, TrainerConfig
 from trainer.schedule import learning_rate
 
 GOAL = 0.95
 _ENDLESS = 1_000_000_000
 _START_S = 300
-
-
-def run_config(run_dir: Path) -> RunConfig:
-    """The configuration that lies in a contestant's folder."""
-    file = run_dir / "config.json"
-    return parse_config(json.loads(file.read_text()), where=str(file))
 
 
 def ready_batches(config: RunConfig, manifest: Manifest) -> list[StepBatches]:
@@ -158,6 +155,9 @@ def train_engine(run_dir: Path, meter: Meter) -> None:
         assert loss_sum < float("inf")
         engine.step(learning_rate(trainer, update, d_model=config.model.d_model, done=0.0))
         meter.stepped(source_tokens + target_tokens)
+
+
+WORKERS = {"bare": train_bare, "engine": train_engine, "loop": train_ours}
 
 
 class Command:
@@ -307,7 +307,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         kind, run_dir = arguments.worker
-        {"bare": train_bare, "engine": train_engine}[kind](Path(run_dir), Meter())
+        WORKERS[kind](Path(run_dir), Meter())
         return
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     before = machine()
@@ -316,7 +316,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, object]) -> None:
-    """All three in turns."""
+    """All of them in turns."""
     data = corpus_config(
         arguments.corpora,
         folder,
@@ -338,12 +338,12 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
         **stage,
     )
     config = RunConfig(model=ModelConfig(preset=arguments.preset), data=data, trainer=trainer)
-    for kind in ("bare", "engine", "command"):
+    for kind in (*WORKERS, "command"):
         (folder / kind).mkdir()
         (folder / kind / "config.json").write_text(config.to_json())
     contestants: list[Worker | Command] = []
     try:
-        contestants += [Worker(kind, kind, folder / kind) for kind in ("bare", "engine")]
+        contestants += [Worker(kind, kind, folder / kind, like_ours=True) for kind in WORKERS]
         command = Command("command", folder / "command")
         contestants.append(command)
         print(
@@ -356,12 +356,9 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
     finally:
         for contestant in contestants:
             contestant.close()
-    measured = {
-        "bare": turns[0],
-        "engine": turns[1],
-        "command, worker alone": command.worker_turns[-arguments.rounds :],
-        "command, all processes": turns[2],
-    }
+    measured = dict(zip(WORKERS, turns[:-1], strict=True))
+    measured["command, worker alone"] = command.worker_turns[-arguments.rounds :]
+    measured["command, all processes"] = turns[-1]
     rows = []
     print(f"  {'':24}{'tokens/CPU s':>14}{'lowest':>9}{'highest':>9}{'ratio':>8}{'ms/step':>9}")
     for name, own in measured.items():

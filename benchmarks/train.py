@@ -5,7 +5,8 @@
 The plain loop is float32 around ``torch.nn.Transformer``: the same shape, tied embeddings, batches
 of sentences sorted by length under the same token budget, the same data. ``nn.Transformer`` also
 drops attention weights and activations inside the feed-forward, which the paper and this project's
-presets do not; a second plain loop leaves that out. Rates are real source and target tokens
+presets do not; a second plain loop, "tuned", leaves that out and also has the allocator settings
+that ``babelray train`` gives its workers. Rates are real source and target tokens
 (padding left out) per second of processor time, of all threads of the process.
 """
 
@@ -63,7 +64,7 @@ SHAPES = (Shape("tiny", rounds=5, seconds=6), Shape("base", rounds=3, seconds=20
 CONTESTANTS = {
     "babelray bf16": ("ours", "bf16"),
     "babelray fp32": ("ours", "fp32"),
-    "plain fp32, less dropout": ("plain-less-dropout", "fp32"),
+    "plain fp32, tuned": ("plain-tuned", "fp32"),
     "plain fp32": ("plain", "fp32"),
 }
 
@@ -259,7 +260,7 @@ def train_plain(run_dir: Path, meter: Meter, *, less_dropout: bool = False) -> N
 WORKERS: dict[str, Callable[[Path, Meter], None]] = {
     "ours": train_ours,
     "plain": train_plain,
-    "plain-less-dropout": partial(train_plain, less_dropout=True),
+    "plain-tuned": partial(train_plain, less_dropout=True),
 }
 
 
@@ -315,7 +316,7 @@ def compare(shape: Shape, arguments: argparse.Namespace, folder: Path) -> dict[s
         run_dir = folder / f"{shape.preset} {name}"
         run_dir.mkdir()
         (run_dir / "config.json").write_text(config.to_json())
-        workers.append(Worker(name, kind, run_dir))
+        workers.append(Worker(name, kind, run_dir, like_ours=kind != "plain"))
     print(
         f"{shape.preset}: {data.corpus}, {manifest.num_pairs:,} pairs, vocabulary "
         f"{manifest.vocabulary_size:,}, {data.tokens_per_step} tokens a side and step in "
