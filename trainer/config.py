@@ -8,6 +8,7 @@ else.
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_shards.config import DataConfig
 from data_shards.errors import UserError
 from model.config import ModelConfig
+
+
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class TrainerConfig(BaseModel):
@@ -175,12 +179,10 @@ def _assign(values: dict[str, Any], setting: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {setting!r}: the value is not readable as YAML") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as text; a number is what was meant.
-        try:
-            value = float(value)
-        except ValueError:
-            value = text
+    if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as text
+    elif isinstance(value, bool) and text.lower() not in {"true", "false"}:
+        value = text  # and the language code "no" as false
     *sections, name = key.split(".")
     node = values
     for section in sections:

@@ -37,6 +37,14 @@ def test_numbers_in_scientific_notation_are_numbers() -> None:
     assert load_config(None, ["trainer.peak_learning_rate=1e-3"]).trainer.peak_learning_rate == 1e-3
 
 
+def test_values_are_read_as_a_person_means_them() -> None:
+    config = load_config(
+        None, ["data.source=no", 'data.target="de"', "data.deduplicate=false", "data.mirror=inf"]
+    )
+    assert (config.data.source, config.data.target) == ("no", "de")
+    assert (config.data.deduplicate, config.data.mirror) == (False, "inf")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -1,0 +1,36 @@
+"""What DeepSpeed is told; the engine itself is tested with real ranks in tests/integration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_shards.errors import UserError
+from trainer.config import TrainerConfig
+from trainer.engine import Engine, deepspeed_config
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_accumulation_and_the_batch_are_the_callers(stage: int, precision: str) -> None:
+    config = TrainerConfig.model_validate({"zero_stage": stage, "precision": precision})
+    values = deepspeed_config(config, world_size=3, on_cpu=False)
+    assert values["managed_gradient_accumulation"] is False
+    assert values["train_batch_size"] == 3
+    assert values["zero_optimization"]["stage"] == stage
+    enabled = {name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled")}
+    assert enabled == {precision} - {"fp32"}
+
+
+def test_clipping_is_deepspeeds_but_for_plain_float32() -> None:
+    clip = {"clip_norm": 0.7}
+    sharded = TrainerConfig.model_validate({"zero_stage": 1, **clip})
+    plain = TrainerConfig.model_validate({"zero_stage": 0, **clip})
+    assert deepspeed_config(sharded, world_size=1, on_cpu=True)["gradient_clipping"] == 0.7
+    assert deepspeed_config(plain, world_size=1, on_cpu=True)["gradient_clipping"] == 0.0
+
+
+def test_fp16_on_a_cpu_is_refused_before_deepspeed_is_loaded() -> None:
+    config = TrainerConfig(precision="fp16")
+    with pytest.raises(UserError, match="fp16 is not supported on a CPU: use bf16"):
+        Engine(torch.nn.Linear(2, 2), config, world_size=1, device=torch.device("cpu"))
