@@ -23,7 +23,6 @@ from data_shards.config import DataConfig
 from data_shards.errors import UserError
 from model.config import ModelConfig
 
-
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 

@@ -32,7 +32,12 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(config: TrainerConfig, *, world_size: int) -> dict[str, Any]:
+# Elements of a reduction. DeepSpeed's default of half a billion makes it hold buffers of that size,
+# a gigabyte in bf16, whatever the model.
+_BUCKET_ELEMENTS = 50_000_000
+
+
+def deepspeed_config(config: TrainerConfig, *, world_size: int, on_cpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of one run.
 
     Batches are ours (the plan deals them), so its own batch arithmetic is set to one and gradient
@@ -45,7 +50,13 @@ def deepspeed_config(config: TrainerConfig, *, world_size: int) -> dict[str, Any
         "managed_gradient_accumulation": False,
         # Stage 0 in fp32 does not tell the norm that it clips by: Engine.step clips there.
         "gradient_clipping": 0.0 if _clips_itself(config) else config.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "allgather_bucket_size": _BUCKET_ELEMENTS,
+            # Copying gradients together spares a GPU's memory fragments; on a CPU it only costs.
+            "contiguous_gradients": not (on_cpu and config.zero_stage < 2),
+        },
         "steps_per_print": None,
     }
     if config.precision == "bf16":
@@ -103,7 +114,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(config, world_size=world_size),
+            config=deepspeed_config(config, world_size=world_size, on_cpu=device.type == "cpu"),
             dist_init_required=False,
         )
         if config.zero_stage == 0:
