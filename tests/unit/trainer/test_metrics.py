@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import urllib.request
 
 import pytest
@@ -52,7 +53,10 @@ def test_a_port_in_use_does_not_stop_training(caplog: pytest.LogCaptureFixture) 
     assert "metrics are not served" in caplog.text
 
 
-def test_port_zero_serves_nothing() -> None:
+def test_port_zero_counts_but_serves_nothing() -> None:
+    threads = threading.active_count()
     metrics = Metrics("demo", host="127.0.0.1", port=0)
     metrics.steps.inc()
+    assert threading.active_count() == threads
+    assert metrics.registry.get_sample_value("babelray_steps_total", {"run": "demo"}) == 1.0
     metrics.close()
