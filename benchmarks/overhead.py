@@ -389,7 +389,10 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
         before,
         {
             "goal_ratio": GOAL,
-            "config": config.model_dump(mode="json", exclude={"evaluation"}),
+            # Without what only this machine has.
+            "config": config.model_dump(
+                mode="json", exclude={"evaluation": True, "data": {"root", "mirror"}}
+            ),
             "contestants": rows,
             "cores_busy": busy,
         },
