@@ -23,7 +23,7 @@ from cluster.failures import explain
 from cluster.naming import claim, clear, logs_dir, write_config
 from cluster.progress import Narrator, Tail
 from data_shards.errors import RunFailedError, UserError
-from trainer.config import RunConfig
+from trainer.config import STOP_FILE, RunConfig
 
 # Restarts after a failure before a run is given up; a failure that would only come again ends it
 # at once.
@@ -86,7 +86,7 @@ def start(
         if overwrite:
             clear(run_dir)
         logs_dir(run_dir).mkdir(exist_ok=True)
-        stop_file = run_dir / "stop"
+        stop_file = run_dir / STOP_FILE
         stop_file.unlink(missing_ok=True)
         threads = config.trainer.threads
         with (

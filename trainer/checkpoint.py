@@ -13,7 +13,6 @@ There is no random state in it: dropout is seeded by (seed, step, lane), so the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ import torch.distributed
 from safetensors.torch import save_file
 
 from data_shards.errors import RunFailedError, UserError
+from data_shards.manifest import file_sha256
 from trainer.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ def _commit(folder: Path, step: int) -> int:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _fsync(file)
         name = file.relative_to(folder).as_posix()
-        files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     write_atomically(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
-    write_atomically(folder / COMMIT, f"{sha256_of(folder / MANIFEST)}\n")
+    write_atomically(folder / COMMIT, f"{file_sha256(folder / MANIFEST)}\n")
     return sum(entry["bytes"] for entry in files.values())
 
 
@@ -134,7 +134,7 @@ def problems(folder: Path) -> list[str]:
     """What is wrong with a committed checkpoint's files; empty if it can be trusted."""
     try:
         commit = (folder / COMMIT).read_text().strip()
-        if sha256_of(folder / MANIFEST) != commit:
+        if file_sha256(folder / MANIFEST) != commit:
             return [f"{folder / MANIFEST} differs from what was committed"]
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -148,7 +148,7 @@ def problems(folder: Path) -> list[str]:
             found.append(
                 f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written"
             )
-        elif sha256_of(file) != expected["sha256"]:
+        elif file_sha256(file) != expected["sha256"]:
             found.append(f"{file} differs from what was written (sha256)")
     return found
 
@@ -230,12 +230,6 @@ def write_atomically(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(file)
-
-
-def sha256_of(file: Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fsync(file: Path) -> None:

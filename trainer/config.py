@@ -23,6 +23,9 @@ from data_shards.config import DataConfig
 from data_shards.errors import UserError
 from model.config import ModelConfig
 
+# In a run's folder: whoever makes it asks the run to save a checkpoint and stop.
+STOP_FILE = "stop"
+
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 

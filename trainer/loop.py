@@ -20,7 +20,7 @@ from data_shards.stream import StepBatches, Stream
 from model.transformer import build
 from trainer import checkpoint
 from trainer.checkpoint import TrainState
-from trainer.config import RunConfig
+from trainer.config import STOP_FILE, RunConfig
 from trainer.engine import Engine
 from trainer.events import EventLog
 from trainer.metrics import Metrics
@@ -30,7 +30,6 @@ from trainer.validation import ValidationSet, empty_batch
 
 log = logging.getLogger(__name__)
 
-STOP_FILE = "stop"
 _MASK64 = (1 << 64) - 1
 
 

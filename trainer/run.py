@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from data_shards.errors import UserError
-from data_shards.manifest import Manifest
+from data_shards.manifest import Manifest, file_sha256
 from data_shards.vocabulary import Vocabulary
 from model.transformer import Transformer, build
 from trainer.average import average_weights
-from trainer.checkpoint import MANIFEST, STATE, WEIGHTS, committed, sha256_of
+from trainer.checkpoint import MANIFEST, STATE, WEIGHTS, committed
 from trainer.config import RunConfig, parse_config
 
 # How many checkpoints "average" takes (the paper's number for the base models).
@@ -279,7 +279,7 @@ def _verify_weights(run_dir: Path, folder: Path) -> None:
             raise UserError(
                 f"{file} is damaged: {expected_bytes} bytes expected, {num_bytes} found; {mend}"
             )
-        found_sha256 = sha256_of(file)
+        found_sha256 = file_sha256(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); {mend}") from None
     if found_sha256 != expected_sha256:
