@@ -250,3 +250,12 @@ def sync(file: io.BufferedWriter | io.TextIOWrapper) -> None:
     """Have the file's content on the disk, so that a manifest never outlives what it describes."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync_path(path: Path) -> None:
+    """Have a closed file, or a folder's entries, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -31,7 +31,7 @@ from typing import Any
 
 from data_shards import vocabulary
 from data_shards.audit import Statistics, format_statistics, statistics, verify
-from data_shards.blocks import ShardWriter, describe_file, sync
+from data_shards.blocks import ShardWriter, describe_file, sync, sync_path
 from data_shards.clean import FILTERS
 from data_shards.config import DATA_FORMAT, EOS_ID, DataConfig
 from data_shards.corpora import SPLITS, open_corpus
@@ -157,7 +157,7 @@ def _build(config: DataConfig, partial: Path, progress: Progress) -> None:
         f"{writer.num_tokens[1]:,} target tokens) in {len(writer.shards)} shards in "
         f"{time.monotonic() - started:.1f} s"
     )
-    _sync_path(partial / VOCABULARY_NAME)
+    sync_path(partial / VOCABULARY_NAME)
     data = ManifestData(
         format=DATA_FORMAT,
         fingerprint=config.fingerprint(),
@@ -184,7 +184,7 @@ def _build(config: DataConfig, partial: Path, progress: Progress) -> None:
     )
     _write_text(partial / MANIFEST_NAME, data.model_dump_json(indent=2) + "\n")
     for path in (partial / "shards", partial):
-        _sync_path(path)
+        sync_path(path)
 
 
 def _encode(
@@ -338,18 +338,10 @@ def _publish(partial: Path, folder: Path, config: DataConfig) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         _already_prepared(folder, config)  # raises if it is not what was asked for
-    _sync_path(folder.parent)
+    sync_path(folder.parent)
 
 
 def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         sync(file)
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

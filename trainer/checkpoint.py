@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed
 from safetensors.torch import save_file
 
+from data_shards.blocks import sync_path
 from data_shards.errors import RunFailedError, UserError
 from data_shards.manifest import file_sha256
 from trainer.engine import Engine
@@ -122,7 +123,7 @@ def save(
 def _commit(folder: Path, step: int) -> int:
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _fsync(file)
+        sync_path(file)
         name = file.relative_to(folder).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     write_atomically(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=2) + "\n")
@@ -230,14 +231,6 @@ def write_atomically(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(file)
-
-
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _barrier() -> None:
