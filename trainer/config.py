@@ -81,6 +81,59 @@ class TrainerConfig(BaseModel):
     metrics_host: str = Field("127.0.0.1", description="address that the metrics are served on")
 
 
+class RecoveryConfig(BaseModel):
+    """What a run does when something fails. Nothing here changes what an undisturbed run computes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Checkpoints: where they go, and what a failing disk or storage may cost.
+    storage: str | None = Field(
+        None,
+        description="folder or URL (s3://, gs://, ...) that checkpoints are published under, as "
+        "<storage>/<run>/checkpoints; by default the run's own folder",
+    )
+    staging: Path | None = Field(
+        None,
+        description="fast local folder where checkpoints are written before they are published",
+    )
+    save_attempts: int = Field(
+        5, ge=1, description="failed saves in a row after which the run stops with an error"
+    )
+    save_backoff_s: float = Field(
+        10.0, gt=0, description="wait before a failed save is tried again; doubles each time"
+    )
+
+    # Workers: how failures are seen, and how many are borne.
+    max_failures: int = Field(
+        3, ge=0, description="restarts in a row without a new checkpoint before the run is given up"
+    )
+    hang_timeout_s: float = Field(
+        300.0, gt=0, description="longest wait for a step before a rank shows its stack and ends"
+    )
+    grace_s: float = Field(
+        30.0, gt=0, description="longest wait for a checkpoint when a machine is to be given back"
+    )
+    resize_interval_s: float = Field(
+        60.0, gt=0, description="how often an elastic run looks whether it could be larger"
+    )
+    standby: bool = Field(
+        True, description="keep started processes in reserve, so that a restart is quick"
+    )
+
+    # Numbers gone wrong: a step whose loss or gradient is not finite, or whose loss leaps up, is
+    # not trained on.
+    spike_nats: float | None = Field(
+        3.0,
+        gt=0,
+        description="a loss this far (nats a token) above its running mean is a spike; null: none is",
+    )
+    max_skipped: int = Field(10, ge=1, description="steps in a row not trained on, before ...")
+    then: Literal["rewind", "stop"] = Field(
+        "rewind", description="... the run goes back to its last good checkpoint, or stops"
+    )
+    max_rewinds: int = Field(3, ge=0, description="after as many the run stops")
+
+
 class EvaluationConfig(BaseModel):
     """Beam search. Source: Vaswani et al. 2017, section 6.1; Wu et al. 2016 for the penalty."""
 
@@ -101,6 +154,7 @@ class RunConfig(BaseModel):
     data: DataConfig = Field(default_factory=DataConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
