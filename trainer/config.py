@@ -82,7 +82,7 @@ class TrainerConfig(BaseModel):
 
 
 class RecoveryConfig(BaseModel):
-    """What a run does when something fails. Nothing here changes what an undisturbed run computes."""
+    """What a run does when something fails; nothing here changes what an undisturbed one computes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -94,7 +94,7 @@ class RecoveryConfig(BaseModel):
     )
     staging: Path | None = Field(
         None,
-        description="fast local folder where checkpoints are written before they are published",
+        description="fast local folder where checkpoints are written before publishing",
     )
     save_attempts: int = Field(
         5, ge=1, description="failed saves in a row after which the run stops with an error"
@@ -125,7 +125,7 @@ class RecoveryConfig(BaseModel):
     spike_nats: float | None = Field(
         3.0,
         gt=0,
-        description="a loss this far (nats a token) above its running mean is a spike; null: none is",
+        description="a loss this much above its running mean (nats a token) is a spike; null: none is",
     )
     max_skipped: int = Field(10, ge=1, description="steps in a row not trained on, before ...")
     then: Literal["rewind", "stop"] = Field(
