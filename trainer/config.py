@@ -82,7 +82,7 @@ class TrainerConfig(BaseModel):
 
 
 class RecoveryConfig(BaseModel):
-    """What a run does when something fails; nothing here changes what an undisturbed one computes."""
+    """What a run does when something fails; an undisturbed one computes the same with any of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -125,7 +125,7 @@ class RecoveryConfig(BaseModel):
     spike_nats: float | None = Field(
         3.0,
         gt=0,
-        description="a loss this much above its running mean (nats a token) is a spike; null: none is",
+        description="a loss this much above its running mean, nats a token, is a spike; null: no",
     )
     max_skipped: int = Field(10, ge=1, description="steps in a row not trained on, before ...")
     then: Literal["rewind", "stop"] = Field(
