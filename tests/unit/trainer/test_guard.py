@@ -50,7 +50,8 @@ def curves(draw: st.DrawFn, *, min_steps: int = 1) -> list[float]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     level = floor + height * np.exp(-np.arange(draw(st.integers(min_steps, 600))) / steps_to_fall)
     noise = np.clip(rng.standard_t(3, len(level)) / 3, -1, 1) * amplitude
-    return np.maximum(level + noise, 0.0).tolist()
+    losses: list[float] = np.maximum(level + noise, 0.0).tolist()
+    return losses
 
 
 @settings(deadline=None)
@@ -206,7 +207,7 @@ def test_a_resumed_run_decides_as_an_undisturbed_one(
         kind = rng.choice(["nan", "leap", "overflow", "gradient"]) if rng.random() < trouble else ""
         value = {"nan": math.nan, "leap": loss + rng.uniform(2.0, 4.0)}.get(kind, loss)
         steps.append((value, kind if kind in {"overflow", "gradient"} else "fine"))
-    policy = {"max_skipped": 3, "max_rewinds": 5}
+    policy: dict[str, Any] = {"max_skipped": 3, "max_rewinds": 5}
     undisturbed, resumed = make_guard(**policy), make_guard(**policy)
     stops = data.draw(st.sets(st.integers(0, len(steps) - 1), max_size=5))
     for index, (loss, update) in enumerate(steps):
