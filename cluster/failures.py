@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 
 from data_shards.errors import UserError
+from trainer.watchdog import EXIT_HUNG
+
+
+class RankDiedError(Exception):
+    """A rank's process ended without a word: killed, out of memory, or by its watchdog."""
+
+    def __init__(self, rank: int, pid: int, exit_code: int) -> None:
+        super().__init__(rank, pid, exit_code)
+        self.rank, self.pid, self.exit_code = rank, pid, exit_code
+
+    def __str__(self) -> str:
+        return f"the process {self.pid} of rank {self.rank} ended ({_how(self.exit_code)})"
+
+
+def _how(exit_code: int) -> str:
+    if exit_code == EXIT_HUNG:
+        return "it hung; its stack is in its log"
+    if exit_code >= 0:
+        return f"exit status {exit_code}"
+    try:
+        return f"by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"by signal {-exit_code}"
+
 
 # Errors of the input, the configuration or the code: after a restart they come again at the same
 # place.
@@ -80,6 +105,7 @@ def _is_dead(error: BaseException) -> bool:
         "ActorUnavailableError",
         "NodeDiedError",
         "OutOfMemoryError",
+        "RankDiedError",
         "RayActorError",
         "WorkerCrashedError",
     }

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "disabled",
+    # Gloo would take the interface of the host's name.
+    **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     # Nobody gives notice before taking a laptop away; the watcher costs a process.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

@@ -192,11 +192,19 @@ def _trainer(
     train: Callable[..., object] | None,
 ) -> Any:
     """Ray's trainer for a run, ready to ``fit()``."""
+    import ray
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from cluster.worker import FailureCallback, Task, work
+    from cluster.ranks import Task
+    from cluster.worker import (
+        FailureCallback,
+        RendezvousConfig,
+        ServersCallback,
+        rank_server,
+        work,
+    )
 
     threads = session.worker_threads(workers, config.trainer.threads)
     task = Task(config, run_dir, threads, commanded_at, train)
@@ -204,9 +212,9 @@ def _trainer(
     # price of a slower start: they cannot be taken from Ray's pool.
     environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
-    return TorchTrainer(
+    trainer = DataParallelTrainer(
         lambda: work(task),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        backend_config=RendezvousConfig(),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
@@ -214,11 +222,18 @@ def _trainer(
             name=run_dir.name,
             storage_path=str(run_dir / ".ray"),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[FailureCallback(run_dir)],
+            callbacks=[FailureCallback(run_dir), ServersCallback(task)],
             worker_runtime_env=None if is_local else {"env_vars": environment},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    # They import while Ray Train starts its own processes, and live as long as these handles.
+    trainer.rank_servers = [
+        rank_server(task, node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU" if use_gpu else "CPU")
+    ]
+    return trainer
 
 
 class _Fit(threading.Thread):

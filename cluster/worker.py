@@ -1,36 +1,48 @@
-"""What runs in each of Ray Train's workers, and what the controller does when one fails."""
+"""What runs in each of Ray Train's workers: the supervisor of one rank."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import cloudpickle
 from ray.train import UserCallback
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.failures import hopeless, summarize
 from cluster.naming import logs_dir
-from trainer.config import RunConfig
+from cluster.ranks import Place, RankServer, Task
+from trainer.control import HOLD_FILE
 
-logger = logging.getLogger(__name__)
+# How often a supervisor looks whether its machine is to be given back.
+_NOTICE_INTERVAL_S = 0.5
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# More than any machine has ranks: each occupies one of the server's threads.
+_RANKS_A_MACHINE = 256
 
 
-@dataclass(frozen=True)
-class Task:
-    """All that a worker is given. ``train`` replaces the trainer's loop in tests."""
+def work(task: Task) -> None:
+    """Supervise one rank of the group that Ray Train has set up around this process."""
+    import ray.train
 
-    config: RunConfig
-    run_dir: Path
-    threads: int
-    commanded_at: float
-    train: Callable[..., object] | None = None
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    server = rank_server(task, ray.get_runtime_context().get_node_id())
+    outcome = server.run.remote(cloudpickle.dumps(task), place, dict(os.environ), os.getpid())
+    while not ray.wait([outcome], timeout=_NOTICE_INTERVAL_S)[0]:
+        if _preempted():
+            (task.run_dir / HOLD_FILE).touch()
+    try:
+        ray.get(outcome)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # as the rank raised it
 
 
 def failures_path(run_dir: Path) -> Path:
@@ -38,57 +50,32 @@ def failures_path(run_dir: Path) -> Path:
     return logs_dir(run_dir) / "failures.jsonl"
 
 
-def work(task: Task) -> None:
-    """Train as one rank of the group that Ray Train has set up around this process."""
-    import ray.train
-    import torch
+def rank_server(task: Task, node_id: str) -> Any:
+    """The machine's server of the run; started by whoever asks first, and ends with that one.
 
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    handler = _log_to(logs_dir(task.run_dir) / f"rank-{rank:03d}.log")
-    try:
-        if not torch.cuda.is_available():
-            # Else DeepSpeed probes every accelerator it knows and warns about each.
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(task.threads)
-        logger.info(
-            "rank %d of %d, process %d, %d threads, %.1f s after the command",
-            rank,
-            world_size,
-            os.getpid(),
-            task.threads,
-            time.time() - task.commanded_at,
+    The driver asks first for the machines that are there, the controller for those that come.
+    """
+    return (
+        ray.remote(RankServer)
+        .options(
+            name=f"babelray-ranks-{task.run_dir.name}-{node_id}",
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=_RANKS_A_MACHINE,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        train = task.train or _trainer_loop()
-        train(
-            task.config,
-            task.run_dir,
-            rank=rank,
-            world_size=world_size,
-            local_rank=_device_index(context.get_local_rank()),
-            # A fresh run has no checkpoint to resume from; a group that was restarted has.
-            resume=True,
-        )
-    except BaseException:
-        logger.exception("rank %d failed", rank)
-        raise
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        .remote(warm=task.config.recovery.standby)
+    )
 
 
-def _trainer_loop() -> Callable[..., object]:
-    # Imports DeepSpeed, which takes seconds: only once the log is open.
-    from trainer.loop import train
+def _preempted() -> bool:
+    """Whether Ray has told that a machine of the group is to be taken away.
 
-    return train
+    ``ray.train.get_preemption_info`` tells the same, but waits for all ranks.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
 
-
-def _device_index(local_rank: int) -> int:
-    """The worker's GPU among those that Ray lets it see: all of its node's group, or its own."""
-    import torch
-
-    return local_rank if local_rank < torch.cuda.device_count() else 0
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 class FailureCallback(UserCallback):  # type: ignore[misc]
@@ -117,12 +104,49 @@ class FailureCallback(UserCallback):  # type: ignore[misc]
             raise final
 
 
-def _log_to(file: Path) -> logging.Handler:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    if root.level > logging.INFO or root.level == logging.NOTSET:
-        root.setLevel(logging.INFO)
-    return handler
+class ServersCallback(WorkerGroupCallback):  # type: ignore[misc]
+    """Starts rank servers on machines that are new to the run; runs in the controller."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._servers: dict[str, Any] = {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """A server on every machine of the group."""
+        nodes = {worker.metadata.node_id for worker in worker_group.get_workers()}
+        # Those of machines that are gone go too; those kept stay alive through their handles.
+        self._servers = {
+            node: self._servers.get(node) or rank_server(self._task, node) for node in nodes
+        }
+
+
+class _Rendezvous(Backend):  # type: ignore[misc]
+    """Tells the ranks where to meet. They join torch.distributed themselves."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, _free_address)
+        environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        worker_group.execute(_set_environment, environment)
+
+
+@dataclass
+class RendezvousConfig(BackendConfig):  # type: ignore[misc]
+    """Ray's own ``TorchConfig`` would import torch into supervisors and controller."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """Ray Train's hook."""
+        return _Rendezvous
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    os.environ.update(values)
+
+
+def _free_address() -> tuple[str, int]:
+    from ray.train._internal.utils import get_address_and_port
+
+    address, port = get_address_and_port()
+    return str(address), int(port)

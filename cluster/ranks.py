@@ -1,0 +1,246 @@
+"""The training processes of one machine, forked from a server that has the imports behind it.
+
+Ray Train's worker is a thin supervisor: it asks its machine's ``RankServer`` for a process, waits
+for it, and takes its place in Ray's view of the group. The training itself is in that process.
+
+Why not in the worker itself: a group that failed is started anew with fresh worker processes, and
+importing torch and DeepSpeed in each took most of a recovery's time (``benchmarks/recovery.py``).
+The server imports once a machine, is not part of the group and so outlives it, and a fork takes
+milliseconds. Every attempt still begins in a clean process.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.failures import RankDiedError
+from cluster.naming import logs_dir
+from trainer.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+# torch.distributed's own time-outs come after the watchdog, which can say more.
+_COLLECTIVE_TIMEOUTS = 2.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a rank is given. ``train`` replaces the trainer's loop in tests."""
+
+    config: RunConfig
+    run_dir: Path
+    threads: int
+    commanded_at: float
+    train: Callable[..., object] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place in the group."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+class RankServer:
+    """Starts training processes on its machine; an actor, one a machine and run.
+
+    Args:
+        warm: fork from a process that has imported everything; else start each from nothing.
+    """
+
+    def __init__(self, *, warm: bool) -> None:
+        self._context: Any = multiprocessing.get_context("forkserver" if warm else "spawn")
+        # multiprocessing would run the main module anew in each child, which here is Ray's worker.
+        sys.modules["__main__"].__dict__.pop("__file__", None)
+        if warm:
+            # A CUDA context does not survive a fork: look at the devices without making one.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+            self._context.set_forkserver_preload(["cluster.ranks_preload"])
+            forkserver.ensure_running()
+
+    def run(
+        self, task: bytes, place: Place, environment: dict[str, str], supervisor_pid: int
+    ) -> object:
+        """Train in a new process; returns or raises what it did.
+
+        Args:
+            task: a ``Task``, pickled.
+            environment: the supervisor's, with the devices and the rendezvous.
+            supervisor_pid: the process ends with it.
+
+        Raises:
+            RankDiedError: the process ended without a word.
+        """
+        receiver, sender = self._context.Pipe(duplex=False)
+        process: BaseProcess = self._context.Process(
+            target=_main,
+            args=(sender, task, place, environment, (supervisor_pid, os.getpid())),
+            name=f"babelray rank {place.rank}",
+            daemon=True,
+        )
+        process.start()
+        sender.close()  # so that the process' death ends the pipe
+        try:
+            wait([receiver])
+            outcome = _receive(receiver)
+        finally:
+            receiver.close()
+        if outcome is None:
+            process.join()
+            raise RankDiedError(place.rank, int(process.pid or 0), int(process.exitcode or 0))
+        succeeded, value = outcome
+        if not succeeded:
+            raise value
+        return value
+
+
+def _receive(receiver: Connection) -> tuple[bool, Any] | None:
+    try:
+        return cast("tuple[bool, Any]", pickle.loads(receiver.recv_bytes()))  # noqa: S301
+    except (EOFError, OSError):
+        return None
+
+
+def _main(
+    sender: Connection,
+    task: bytes,
+    place: Place,
+    environment: dict[str, str],
+    guardians: tuple[int, ...],
+) -> None:
+    """A rank's process."""
+    _end_with(guardians)
+    # Ctrl-C reaches the whole terminal; the command decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
+    # DeepSpeed reads these, as torchrun would set them.
+    os.environ.update(
+        RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world_size)
+    )
+    outcome: tuple[bool, Any]
+    try:
+        outcome = True, _train(pickle.loads(task), place)  # noqa: S301
+    except BaseException as error:
+        outcome = False, _portable(error)
+    sender.send_bytes(pickle.dumps(outcome))
+    sender.close()
+    logging.shutdown()
+    # Threads of gloo, NCCL and DeepSpeed may be stuck behind a rank that died: do not wait.
+    os._exit(0)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error itself, or its text where it cannot be pickled."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:
+        logger.debug("cannot be pickled: %r", error, exc_info=True)
+    return RuntimeError("".join(traceback.format_exception_only(error)).strip())
+
+
+def _train(task: Task, place: Place) -> object:
+    handler = _log_to(logs_dir(task.run_dir) / f"rank-{place.rank:03d}.log")
+    try:
+        logger.info(
+            "rank %d of %d, process %d, %d threads, %.1f s after the command",
+            place.rank,
+            place.world_size,
+            os.getpid(),
+            task.threads,
+            time.time() - task.commanded_at,
+        )
+        import torch
+
+        # OMP_NUM_THREADS was read when the server imported torch.
+        torch.set_num_threads(task.threads)
+        if torch.cuda.is_available():
+            # All of the group's GPUs of this machine are visible, or this rank's alone.
+            torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=_COLLECTIVE_TIMEOUTS * task.config.recovery.hang_timeout_s),
+        )
+        return (task.train or _trainer_loop())(
+            task.config,
+            task.run_dir,
+            rank=place.rank,
+            world_size=place.world_size,
+            local_rank=place.local_rank % max(1, torch.cuda.device_count()),
+            # A fresh run has no checkpoint to resume from; a group that was restarted has.
+            resume=True,
+        )
+    except BaseException:
+        logger.exception("rank %d failed", place.rank)
+        raise
+    finally:
+        handler.flush()
+
+
+def _trainer_loop() -> Callable[..., object]:
+    # Imports DeepSpeed, which takes seconds where nothing is warm: only once the log is open.
+    from trainer.loop import train
+
+    return train
+
+
+def _end_with(pids: tuple[int, ...]) -> None:
+    """End this process when one of ``pids`` is gone: a rank without its group is in the way."""
+
+    def watch() -> None:
+        try:
+            handles = [os.pidfd_open(pid) for pid in pids]
+        except ProcessLookupError:
+            os._exit(1)
+        except (AttributeError, OSError):  # not Linux, or an old kernel
+            while all(_is_alive(pid) for pid in pids):
+                time.sleep(0.5)
+        else:
+            select.select(handles, [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow-supervisor", daemon=True).start()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _log_to(file: Path) -> logging.Handler:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    if root.level > logging.INFO or root.level == logging.NOTSET:
+        root.setLevel(logging.INFO)
+    return handler
