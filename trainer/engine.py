@@ -1,12 +1,15 @@
 """DeepSpeed, and everything that names it.
 
-The rest of the trainer sees an ``Engine``: backward on a summed loss, one update, save, load. The
-traps that this file steps around are listed where they are met.
+The rest of the trainer sees an ``Engine``: backward on a summed loss, one update, and the state
+that a checkpoint must hold. The traps that this file steps around are listed where they are met.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +73,52 @@ def _clips_itself(config: TrainerConfig) -> bool:
     return config.zero_stage == 0 and config.precision == "fp32"
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one parameter, whose master and moments this rank keeps.
+
+    Attributes:
+        name: the parameter's name in the module.
+        start: its first element in the flattened parameter.
+        tensors: ``weight``, ``exp_avg`` and ``exp_avg_sq``: flat float32 views of the live state,
+            of equal length, on the optimizer's device. The next update changes them.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of an update; alike on all ranks.
+
+    Attributes:
+        grad_norm: global norm before clipping; infinite or not a number where the gradient is.
+        applied: False if weights, moments and Adam's count are as they were.
+        overflow: fp16's loss scale was too high for this gradient, and still can be lowered.
+    """
+
+    grad_norm: float
+    applied: bool
+    overflow: bool
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Elements ``start`` and on of a parameter lie at ``offset`` and on of a flattened master."""
+
+    parameter: nn.Parameter
+    start: int
+    master: Tensor
+    offset: int
+    length: int
+
+
+# Of the loss scaler, whose class differs from stage to stage but whose names are the same.
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
 class Engine:
     """A module, its optimizer and its gradients, shared out over the ranks by DeepSpeed.
 
@@ -101,25 +150,40 @@ class Engine:
             verbose=False,
             timeout=timedelta(seconds=collective_timeout_s),
         )
+        assert all(parameter.requires_grad for parameter in module.parameters()), (
+            "a frozen parameter would be in no checkpoint"
+        )
         self._config = config
         self._world_size = world_size
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
+        self._rank = torch.distributed.get_rank()
+        self._adam = torch.optim.AdamW(
+            module.parameters(),
             lr=0.0,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             fused=True,
         )
+        # Shut: stage 0's half-precision optimizer makes an update with zeros while it is built,
+        # which would count as Adam's first.
+        self._veto = True
+        self._updates = 0
+        self._own_norm: float | None = None
+        self._adam.register_step_pre_hook(self._before_update)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=self._adam,
             config=deepspeed_config(config, world_size=world_size, on_cpu=device.type == "cpu"),
             dist_init_required=False,
         )
         if config.zero_stage == 0:
             # Engine.step reduces by itself, so that it can see the norm before the update.
             self._engine.enable_backward_allreduce = False
+        elif config.precision == "fp16":
+            # The guard decides when a run is over, and says so better than an Exception.
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._create_moments()
 
     @property
     def module(self) -> nn.Module:
@@ -142,24 +206,216 @@ class Engine:
         """
         self._engine.backward(loss_sum * (self._world_size / target_tokens))
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
         """Reduce, clip, update; every rank must call it.
 
-        Returns:
-            The global gradient norm before clipping.
+        A gradient whose norm is not finite is never applied.
+
+        Args:
+            veto: make no update: weights, moments, Adam's count and the loss scale stay as they
+                are, and the gradients are cleared. Must be the same on all ranks.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm: Any = None
         if self._config.zero_stage == 0:
             self._engine.buffered_allreduce_fallback()
         if _clips_itself(self._config):
             bound = self._config.clip_norm or float("inf")
             norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), bound)
+            self._own_norm = norm.item()
+        self._veto = veto
+        updates, scaler = self._updates, self._scaler_state()
         self._engine.step()
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        if veto:
+            self._set_scaler_state(scaler)
+        after = self._scaler_state()
+        # At the smallest scale nothing is lowered any more: the gradient itself is not finite.
+        lowered = [
+            name
+            for name in ("cur_scale", "cur_hysteresis")
+            if after.get(name, 0) < scaler.get(name, 0)
+        ]
+        # Stage 0 in fp16 tells the norm of the scaled gradient.
+        scale = scaler.get("cur_scale", 1.0) if self._config.zero_stage == 0 else 1.0
+        return StepResult(
+            grad_norm=self._global_norm() / scale,
+            applied=self._updates > updates,
+            overflow=bool(lowered),
+        )
+
+    def _before_update(self, adam: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Adam's pre-step hook: where an update that must not be made is held back.
+
+        By now DeepSpeed knows the global norm at every stage. Adam passes over what has no
+        gradient, and DeepSpeed goes on to clear the rest as after any step.
+        """
+        if not self._veto and math.isfinite(self._global_norm()):
+            self._updates += 1
+            return
+        for group in adam.param_groups:
+            for master in group["params"]:
+                master.grad = None
+
+    def _global_norm(self) -> float:
+        """The norm of the update being made or just made; stage 0 in fp16: times the loss scale."""
+        if self._own_norm is not None:
+            return self._own_norm
+        return float(self._optimizer._global_grad_norm)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's whole shape, in the module's order."""
+        # Stage 3 leaves a parameter empty between its uses and notes its shape.
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for parameter, name in self._names.items()
+        }
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of masters and moments; all ranks' cover each parameter exactly once.
+
+        No collective and no copy.
+        """
+        return [
+            Fragment(self._names[place.parameter], place.start, self._tensors(place))
+            for place in self._places(share=True)
+        ]
+
+    def scalars(self) -> dict[str, Any]:
+        """What else the optimizer remembers, ready for JSON; the same on all ranks."""
+        updates = int(self._adam.state[self._masters()[0]]["step"].item())
+        scaler = self._scaler_state()
+        return {"updates": updates, **({"loss_scale": scaler} if scaler else {})}
+
+    def restore(
+        self, read: Callable[[str, str, int, int], Tensor], scalars: dict[str, Any]
+    ) -> None:
+        """Take over the state of a checkpoint, whatever stage and world size wrote it.
+
+        A collective; works before any step and on a used engine.
+
+        Args:
+            read: ``read(kind, name, start, length)`` gives that part of the flattened parameter,
+                float32 on the CPU; kinds as in ``Fragment.tensors``. Stage 0 asks every rank for
+                everything.
+            scalars: what ``scalars()`` gave.
+        """
+        for place in self._places():
+            for kind, tensor in self._tensors(place).items():
+                part = read(kind, self._names[place.parameter], place.start, place.length)
+                assert part.shape == tensor.shape, (kind, part.shape, tensor.shape)
+                tensor.copy_(part)
+        for master in self._masters():
+            self._adam.state[master]["step"].fill_(scalars["updates"])
+        self._set_scaler_state(scalars.get("loss_scale", {}))
+        with torch.no_grad():
+            self._refresh_weights()
+
+    def _tensors(self, place: _Place) -> dict[str, Tensor]:
+        moments = self._adam.state[place.master]
+        whole = {"weight": place.master.detach()}
+        whole |= {kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        return {
+            kind: tensor.view(-1).narrow(0, place.offset, place.length)
+            for kind, tensor in whole.items()
+        }
+
+    def _create_moments(self) -> None:
+        """Adam's state, which it would create in its first update; names and types are Adam's."""
+        for master in self._masters():
+            self._adam.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+            }
+
+    def _masters(self) -> list[Tensor]:
+        """The float32 tensors that Adam updates on this rank."""
+        if self._config.zero_stage == 0:
+            return [master for _, master in self._pairs()]
+        if self._config.zero_stage < 3:
+            return list(self._optimizer.single_partition_of_fp32_groups)
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Stage 0: each parameter and its master, which in fp32 is itself."""
+        if self._config.precision == "fp32":
+            yield from ((parameter, parameter) for parameter in self._names)
+            return
+        groups = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+        for halves, masters in groups:
+            yield from zip(halves, masters, strict=True)
+
+    def _places(self, *, share: bool = False) -> Iterator[_Place]:
+        """Where this rank's part of each parameter is; what only pads a partition is left out.
+
+        Args:
+            share: at stage 0, where every rank keeps everything, only this rank's share of it:
+                of all parameters in a row, the rank-th of world_size equal stretches.
+        """
+        if self._config.zero_stage == 0:
+            total = sum(parameter.numel() for parameter in self._names)
+            bounds = [total * rank // self._world_size for rank in (self._rank, self._rank + 1)]
+            first, last = bounds if share else (0, total)
+            before = 0  # elements of the parameters so far
+            for parameter, master in self._pairs():
+                start = max(first - before, 0)
+                length = min(last - before, parameter.numel()) - start
+                if length > 0:
+                    yield _Place(parameter, start, master, start, length)
+                before += parameter.numel()
+        elif self._config.zero_stage < 3:
+            # All parameters in a row, padded, and cut into one partition a rank.
+            masters = self._masters()
+            for parameter in self._names:
+                part = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+                if part is not None:
+                    source, target = part.lp_fragment_address, part.hp_fragment_address
+                    master = masters[part.param_group_index]
+                    yield _Place(parameter, source.start, master, target.start, source.numel)
+        else:
+            # Each parameter padded and cut by itself; a rank's parts of all of them in a row.
+            for parameters, master in zip(
+                self._optimizer.fp16_groups, self._masters(), strict=True
+            ):
+                offset = 0
+                for parameter in parameters:
+                    partition = parameter.partition_numel()
+                    start = self._rank * partition
+                    length = min(partition, parameter.ds_numel - start)
+                    if length > 0:
+                        yield _Place(parameter, start, master, offset, length)
+                    offset += partition
+
+    def _refresh_weights(self) -> None:
+        """Give the module what the masters hold, as DeepSpeed does after an update."""
+        zero = self._optimizer
+        if self._config.zero_stage == 0:
+            for parameter, master in self._pairs():
+                parameter.copy_(master)
+        elif self._config.zero_stage < 3:
+            zero.update_lp_params()
+        else:
+            zero._partition_all_parameters()
+            for index in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            # Gathers the small parameters, which stay whole on every rank.
+            zero._post_step(set())
+
+    def _scaler(self) -> Any:
+        stage0 = self._config.zero_stage == 0
+        return self._optimizer.loss_scale_config if stage0 else self._optimizer.loss_scaler
+
+    def _scaler_state(self) -> dict[str, Any]:
+        """fp16's dynamic loss scale; empty in other precisions."""
+        if self._config.precision != "fp16":
+            return {}
+        scaler = self._scaler()
+        return {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)}
+
+    def _set_scaler_state(self, state: dict[str, Any]) -> None:
+        if self._config.precision == "fp16":
+            for name in state.keys() & self._scaler_state().keys():
+                setattr(self._scaler(), name, state[name])
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the model's and the optimizer's state (a collective)."""

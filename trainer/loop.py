@@ -137,7 +137,7 @@ class Rank:
                 rate = learning_rate(
                     config, state.step + 1, d_model=self.config.model.d_model, done=done
                 )
-                grad_norm = self.engine.step(rate)
+                grad_norm = self.engine.step(rate).grad_norm
                 self._advance(totals, batches.step)
                 reporter.stepped(Update(totals.loss_sum, totals.nll_sum, rate, grad_norm, waited_s))
 
