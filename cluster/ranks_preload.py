@@ -9,11 +9,11 @@ if not torch.cuda.is_available():
     # Else DeepSpeed probes every accelerator it knows and warns about each.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: F401
+import deepspeed
 import sentencepiece  # noqa: F401
 
-# deepspeed.initialize imports it, which takes longer than all the rest of it.
+# deepspeed.initialize imports it, and with it torch's compiler: longer than all else that it does.
 with contextlib.suppress(ImportError):
-    import torch._dynamo
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 import trainer.loop  # noqa: F401
