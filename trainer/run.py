@@ -96,7 +96,8 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """What the run logged, oldest first, as one history without the parts that were undone.
 
     A run that resumes from step s logs the steps after s anew: what was logged after s before is
-    dropped, and of one step logged twice the later wins. A line cut short by a crash is left out.
+    dropped (all of it, where a run starts anew), and of one step logged twice the later wins. A
+    line cut short by a crash is left out.
     """
     try:
         text = events_path(run_dir).read_text(encoding="utf-8", errors="replace")
@@ -110,7 +111,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(event, dict) or "event" not in event:
             continue
-        if event["event"] == "resumed" and isinstance(event.get("step"), int):
+        if event["event"] in {"started", "resumed"} and isinstance(event.get("step"), int):
             start = event["step"]
             events = [e for e in events if not (_is_progress(e) and e.get("step", 0) > start)]
         events.append(event)
@@ -224,7 +225,7 @@ def choose_checkpoints(run_dir: Path, checkpoint: str) -> list[tuple[int, Path]]
 
 def _is_progress(event: dict[str, Any]) -> bool:
     """Whether training again from an earlier step would log this event again."""
-    return event["event"] in {"step", "validated", "checkpoint"}
+    return event["event"] in {"step", "validated", "checkpoint", "skipped", "rewound"}
 
 
 def _no_such_run(run_dir: Path) -> str:

@@ -95,6 +95,35 @@ class TestEvents:
         )
         assert [event["loss"] for event in read_events(tmp_path)] == [2.0]
 
+    def test_a_run_that_starts_anew_has_undone_all(self, tmp_path):
+        """Killed before its first checkpoint: the next attempt begins at step 0."""
+        self._log(
+            tmp_path,
+            ("started", {"step": 0}),
+            ("step", {"step": 500, "loss": 1.0}),
+            ("started", {"step": 0}),
+            ("step", {"step": 50, "loss": 2.0}),
+        )
+        events = read_events(tmp_path)
+        assert [event["event"] for event in events] == ["started", "started", "step"]
+        assert events[-1]["loss"] == 2.0
+
+    def test_skips_and_rewinds_that_a_resume_undid_are_dropped(self, tmp_path):
+        self._log(
+            tmp_path,
+            ("skipped", {"step": 4, "reason": "loss_spike"}),
+            ("skipped", {"step": 14, "reason": "loss_spike"}),
+            ("rewound", {"step": 15, "to_step": 10}),
+            ("resumed", {"step": 10}),
+            ("skipped", {"step": 14, "reason": "loss_not_finite"}),
+        )
+        found = [(e["event"], e.get("step"), e.get("reason")) for e in read_events(tmp_path)]
+        assert found == [
+            ("skipped", 4, "loss_spike"),
+            ("resumed", 10, None),
+            ("skipped", 14, "loss_not_finite"),
+        ]
+
     def test_evaluations_of_later_checkpoints_survive_a_resume(self, tmp_path):
         self._log(tmp_path, ("evaluated", {"step": 20, "bleu": 1.0}), ("resumed", {"step": 10}))
         assert [event["event"] for event in read_events(tmp_path)] == ["evaluated", "resumed"]
