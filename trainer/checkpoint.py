@@ -1,33 +1,49 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either whole or not there, whatever died while one was written.
 
-A checkpoint is a folder ``checkpoints/step-00001000``::
+A checkpoint is a folder ``checkpoints/step-00001000`` in the run's storage::
 
-    engine/              DeepSpeed's parts, written by every rank
-    model.safetensors    the full weights in float32, by rank 0
-    state.json           where the run stands: all of TrainState
-    manifest.json        size and sha256 of every file above
-    COMMIT               written last; a folder without it does not count
+    model.safetensors    all weights, float32, whole tensors by parameter name
+    optimizer-<tag>-00000-of-00002.safetensors
+                         Adam's moments that a rank kept: flat float32 fragments of parameters
+    state.json           where the run stands: all of TrainState, and the settings it ran under
+    manifest.json        size and sha256 of every file above, and which fragments it holds
+    COMMIT               sha256 of manifest.json, written last; without it the folder does not count
 
-There is no random state in it: dropout is seeded by (seed, step, lane), so the step is enough.
+Neither the number of ranks nor the ZeRO stage is in the format: any other can read it. Nothing in
+it is ever unpickled. There is no random state: dropout is seeded by (seed, step, lane).
+
+What is beside these files, or in a folder without COMMIT, is what a save that died has left: it
+carries the tag of that save in its name and is removed by the next one (``Checkpoints.clean``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from data_shards.blocks import sync_path
 from data_shards.errors import RunFailedError, UserError
 from data_shards.manifest import file_sha256
+from trainer.config import RecoveryConfig
 from trainer.engine import Engine
+from trainer.parts import WEIGHT, key_of
+from trainer.storage import Storage, StorageError, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +52,10 @@ ENGINE = "engine"
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+BEST = "best.json"
+
+_FOLDER = "checkpoints"
+_ATTEMPT = f"{_FOLDER}/attempt.json"
 
 
 @dataclass
@@ -61,6 +81,423 @@ class TrainState:
         known = {name: values[name] for name in cls.__dataclass_fields__}
         known["data_hash"] = int(known["data_hash"], 16)
         return cls(**known)
+
+
+class _DamagedError(Exception):
+    """A checkpoint's commit or manifest cannot be believed; says why."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        storage: the run's place in it; checkpoints lie under ``checkpoints/``.
+        cache: local folder for what is fetched from a remote storage, of this run alone.
+    """
+
+    def __init__(self, storage: Storage, cache: Path) -> None:
+        self.storage = storage
+        self._cache = cache
+
+    @classmethod
+    def of(cls, run_dir: Path, recovery: RecoveryConfig) -> Checkpoints:
+        """Those of a run: under ``recovery.storage``, else in the run's own folder.
+
+        Raises:
+            UserError: ``recovery.storage`` is a URL that cannot be spoken here.
+        """
+        if recovery.storage is None:
+            storage = Storage.of(run_dir)
+        else:
+            storage = Storage.of(f"{recovery.storage.rstrip('/')}/{run_dir.name}")
+        place = hashlib.sha256(storage.where("").encode()).hexdigest()[:8]
+        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "babelray"
+        return cls(storage, home / "checkpoints" / f"{run_dir.name}-{place}")
+
+    def folder(self, step: int) -> str:
+        """A checkpoint's name in the storage."""
+        return f"{_FOLDER}/step-{step:08d}"
+
+    def where(self, step: int) -> str:
+        """A checkpoint's path or URL, for messages."""
+        return self.storage.where(self.folder(step))
+
+    def staging(self, given: Path | None) -> Path:
+        """Local folder where parts are written before they are published.
+
+        Args:
+            given: ``recovery.staging``; by default the storage itself if that is a folder, so that
+                publishing is a rename, else the cache.
+        """
+        if given is not None:
+            return given / self._cache.name
+        if self.storage.folder is not None:
+            return self.storage.folder / _FOLDER / ".staging"
+        return self._cache / "staging"
+
+    def committed(self) -> list[int]:
+        """The steps of the checkpoints whose commit was written, oldest first."""
+        return [
+            step
+            for step in self._steps()
+            if self.storage.size(f"{self.folder(step)}/{COMMIT}") is not None
+        ]
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """The manifest of a committed checkpoint.
+
+        Raises:
+            StorageError: it cannot be read, or is not what was committed.
+        """
+        try:
+            return self._manifest(step)
+        except _DamagedError as error:
+            raise StorageError(f"{error}: use another checkpoint") from None
+
+    def problems(
+        self, step: int, *, only: Collection[str] | None = None, hashes: bool = True
+    ) -> list[str]:
+        """Everything that is wrong with a checkpoint; empty if it can be trusted.
+
+        Args:
+            only: look at these of its files, not at all.
+            hashes: compare the contents too, not only the sizes.
+
+        Raises:
+            StorageError: a remote storage does not answer, which says nothing about the files.
+        """
+        try:
+            files = self._manifest(step)["files"]
+        except _DamagedError as error:
+            return [str(error)]
+        found = []
+        for name, entry in files.items():
+            if only is None or name in only:
+                problem = self._problem(step, name, entry, hashes=hashes)
+                found += [problem] if problem else []
+        if only is not None:
+            found += [f"{self.where(step)} holds no {name}" for name in only if name not in files]
+        return found
+
+    def find_trusted(self, before: int | None = None) -> tuple[int | None, dict[int, list[str]]]:
+        """The newest checkpoint that is committed and verifies, and what was passed over.
+
+        Args:
+            before: look at those of this step and earlier ones.
+
+        Returns:
+            ``(step, passed_over)``: None if the run has no checkpoint (so early); and the problems
+            of each newer one, by step.
+
+        Raises:
+            RunFailedError: there are committed checkpoints, but none of them verifies.
+        """
+        candidates = [step for step in self.committed() if before is None or step <= before]
+        passed_over: dict[int, list[str]] = {}
+        for step in reversed(candidates):
+            found = self.problems(step)
+            if not found:
+                return step, passed_over
+            passed_over[step] = found
+            log.warning("passed over checkpoint %s: %s", self.where(step), "; ".join(found))
+        if candidates:
+            every = "; ".join(problem for found in passed_over.values() for problem in found)
+            raise RunFailedError(
+                f"no checkpoint of this run can be trusted: {every}. Restore one from a backup, or "
+                f"start anew under another name ({self.storage.where(_FOLDER)} was left as it is)"
+            )
+        return None, passed_over
+
+    def open(self, step: int) -> Reader:
+        """A checkpoint's state and tensors; it should have verified (``find_trusted``)."""
+        return Reader(self, step)
+
+    def weights(self, step: int) -> Path:
+        """The weights as a local file."""
+        return self.local(step, WEIGHTS)
+
+    def local(self, step: int, name: str) -> Path:
+        """A file of a checkpoint as a local one; fetched and verified now, if it is remote.
+
+        Raises:
+            StorageError: it cannot be had, or is not what was committed.
+        """
+        if self.storage.folder is not None:
+            return self.storage.folder / self.folder(step) / name
+        problem = self._problem(step, name, self.manifest(step)["files"][name])
+        if problem:
+            raise StorageError(f"{problem}: use another checkpoint")
+        return self.storage.fetch(f"{self.folder(step)}/{name}", self._cache_of(step))
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint so far, by validation.
+
+        Raises:
+            StorageError: ``best.json`` cannot be read.
+        """
+        if self.storage.size(BEST) is None:
+            return None
+        try:
+            return int(json.loads(self.storage.read(BEST))["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{self.storage.where(BEST)} cannot be read ({error}): remove it"
+            ) from None
+
+    def set_best(self, step: int, valid_nll: float | None) -> None:
+        """Note which checkpoint is the best, where readers look for it."""
+        content = json.dumps({"step": step, "valid_nll": valid_nll})
+        self.storage.write(BEST, f"{content}\n".encode())
+
+    def begin_attempt(self, token: str) -> None:
+        """Make this the one attempt that may commit, and clear away what earlier ones left.
+
+        Rank 0 calls it before any rank saves.
+        """
+        self.storage.write(_ATTEMPT, json.dumps({"token": token}).encode())
+        self.clean(token)
+
+    def is_attempt(self, token: str) -> bool:
+        """Whether no newer attempt has begun."""
+        if self.storage.size(_ATTEMPT) is None:
+            return False
+        try:
+            return bool(json.loads(self.storage.read(_ATTEMPT)).get("token") == token)
+        except (ValueError, AttributeError):
+            return False
+
+    def clean(self, tag: str | None, *, step: int | None = None) -> None:
+        """Remove what saves that never came to their end have left.
+
+        Args:
+            tag: files with this in their names stay: ranks may be writing them at this moment.
+            step: the checkpoint that is being written: its folder stays, even if it is empty.
+        """
+        for other in self._steps():
+            folder = self.folder(other)
+            names = self.storage.names(folder)
+            keep = {name for name in names if tag is not None and tag in name}
+            if COMMIT in names:
+                try:
+                    keep |= {COMMIT, MANIFEST, *self._manifest(other)["files"]}
+                except _DamagedError:
+                    continue  # it will be passed over by name; it may be wanted for a rescue
+            elif other != step and not keep:
+                self.storage.remove(folder)
+                continue
+            for name in names:
+                if name not in keep:
+                    self.storage.remove(f"{folder}/{name}")
+
+    def uncommit(self, step: int) -> None:
+        """From here on the folder does not count as a checkpoint."""
+        self.storage.remove(f"{self.folder(step)}/{COMMIT}")
+
+    def drop(self, step: int) -> None:
+        """Remove a checkpoint, its commit first: half of one must not look like one."""
+        self.uncommit(step)
+        self.storage.remove(self.folder(step))
+
+    def retain(self, *, keep: int, best: int | None) -> None:
+        """Drop all but the newest ``keep``, the best, and the newest that verifies.
+
+        In a remote storage the last is judged by the files' sizes: object stores check contents on
+        arrival, and fetching everything after each save would cost more than it tells.
+        """
+        steps = self.committed()
+        kept = {*steps[-keep:], best}
+        try:
+            kept.add(self.best())
+        except StorageError as error:
+            log.warning("%s", error)
+        if kept.issuperset(steps):
+            return
+        hashes = self.storage.folder is not None
+        trusted = next(
+            (step for step in reversed(steps) if not self.problems(step, hashes=hashes)), None
+        )
+        if trusted is None:
+            log.warning("no checkpoint verifies: all are kept (%s)", self.storage.where(_FOLDER))
+            return
+        for step in steps:
+            if step not in kept and step != trusted:
+                self.drop(step)
+
+    def _steps(self) -> list[int]:
+        numbers = (
+            name.removeprefix("step-")
+            for name in self.storage.names(_FOLDER)
+            if name.startswith("step-")
+        )
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        folder = self.folder(step)
+        for name in (COMMIT, MANIFEST):
+            if self.storage.size(f"{folder}/{name}") is None:
+                raise _DamagedError(f"{self.storage.where(folder)}/{name} is missing")
+        try:
+            commit = self.storage.read(f"{folder}/{COMMIT}").decode(errors="replace").strip()
+            content = self.storage.read(f"{folder}/{MANIFEST}")
+        except StorageError as error:
+            if self.storage.folder is None:
+                raise
+            raise _DamagedError(str(error)) from None
+        if hashlib.sha256(content).hexdigest() != commit:
+            raise _DamagedError(
+                f"{self.storage.where(folder)}/{MANIFEST} differs from what was committed"
+            )
+        values: dict[str, Any] = json.loads(content)
+        return values
+
+    def _problem(
+        self, step: int, name: str, entry: dict[str, Any], *, hashes: bool = True
+    ) -> str | None:
+        """What is wrong with a file, or None."""
+        full = f"{self.folder(step)}/{name}"
+        where = self.storage.where(full)
+        try:
+            num_bytes = self.storage.size(full)
+            if num_bytes is None:
+                return f"{where} is missing"
+            if num_bytes != entry["bytes"]:
+                return f"{where} has {num_bytes} bytes, {entry['bytes']} were written"
+            if hashes and self._sha256(step, name, entry["sha256"]) != entry["sha256"]:
+                return f"{where} differs from what was written (sha256)"
+        except OSError as error:
+            return f"{where} cannot be read ({error.strerror or error})"
+        return None
+
+    def _sha256(self, step: int, name: str, expected: str) -> str:
+        full, cache = f"{self.folder(step)}/{name}", self._cache_of(step)
+        file = self.storage.fetch(full, cache)
+        found = file_sha256(file)
+        if found != expected and self.storage.folder is None:
+            # The copy may be what is damaged: it is not the storage's fault before it came twice.
+            file.unlink(missing_ok=True)
+            found = file_sha256(self.storage.fetch(full, cache))
+            if found != expected:
+                file.unlink(missing_ok=True)
+        return found
+
+    def _cache_of(self, step: int) -> Path:
+        # Named by content: a step that was written again is never taken for its older copy.
+        commit = self.storage.read(f"{self.folder(step)}/{COMMIT}").decode().strip()
+        folder = self._cache / f"step-{step:08d}-{commit[:16]}"
+        if self.storage.folder is None and not folder.exists():
+            self._prune_cache()
+        return folder
+
+    def _prune_cache(self) -> None:
+        """Forget copies of checkpoints that the storage no longer has."""
+        steps = {f"{step:08d}" for step in self.committed()}
+        for folder in self._cache.glob("step-*"):
+            if folder.name.split("-")[1] not in steps:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class Reader:
+    """One checkpoint, open for reading; a context manager.
+
+    ``state`` is what ``state.json`` holds.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, step: int) -> None:
+        self._checkpoints, self._step = checkpoints, step
+        self._files = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._fragments: dict[str, list[tuple[int, int, str]]] = {}
+        for file, entry in checkpoints.manifest(step)["files"].items():
+            for name, start, length in entry.get("fragments", ()):
+                self._fragments.setdefault(name, []).append((start, length, file))
+        content = checkpoints.local(step, STATE).read_text(encoding="utf-8")
+        self.state: dict[str, Any] = json.loads(content)
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """A part of one flat parameter: ``[length]`` float32 on the CPU.
+
+        Args:
+            kind: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
+            name: the parameter's name in the module.
+            start, length: in elements of the flattened parameter.
+
+        Raises:
+            RunFailedError: the checkpoint does not hold that.
+        """
+        try:
+            if kind == WEIGHT:
+                return self._weight(name, start, length)
+            return self._moment(kind, name, start, length)
+        except (SafetensorError, OSError) as error:
+            raise RunFailedError(
+                f"{self._checkpoints.where(self._step)} holds no {kind} of {name} "
+                f"[{start}:{start + length}] ({error}): it was written by another model"
+            ) from None
+
+    def _weight(self, name: str, start: int, length: int) -> Tensor:
+        whole = self._file(WEIGHTS).get_slice(name)
+        shape = whole.get_shape()
+        row = math.prod(shape[1:])
+        end = start + length
+        if end > math.prod(shape):
+            raise SafetensorError(f"its shape is {shape}")
+        if not shape or not length:
+            tensor: Tensor = self._file(WEIGHTS).get_tensor(name)
+            return tensor.reshape(-1)[start:end]
+        first, last = start // row, -(-end // row)
+        rows: Tensor = whole[first:last]
+        return rows.reshape(-1)[start - first * row : end - first * row]
+
+    def _moment(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        found, position, end = [], start, start + length
+        for begin, size, file in sorted(self._fragments.get(name, ())):
+            if begin <= position < begin + size and position < end:
+                stop = min(begin + size, end)
+                part = self._file(file).get_slice(key_of(kind, name, begin))
+                found.append(part[position - begin : stop - begin])
+                position = stop
+        if position != end:
+            raise SafetensorError(f"nothing from element {position} on")
+        if not found:
+            return torch.empty(0)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            file = self._checkpoints.local(self._step, name)
+            self._open[name] = self._files.enter_context(safe_open(file, framework="pt"))
+        return self._open[name]
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.clear()
+        self._files.close()
+
+
+def check_settings(where: str | Path, written: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on under another model, data or precision.
+
+    Raises:
+        UserError: names each setting that differs, with both values.
+    """
+    different = [
+        f"{name} was {written.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if written.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"checkpoint {PurePath(where).name} belongs to another configuration: "
+            f"{'; '.join(different)}. Resume with the run's own settings, or start a run under "
+            "another name"
+        )
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -195,24 +632,6 @@ def load(engine: Engine, folder: Path, *, world_size: int, settings: dict[str, A
     return TrainState.from_json(description)
 
 
-def check_settings(folder: Path, written: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on under another model, data or precision.
-
-    Raises:
-        UserError: names each setting that differs, with both values.
-    """
-    different = [
-        f"{name} was {written.get(name)!r}, is {value!r}"
-        for name, value in now.items()
-        if written.get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"checkpoint {folder.name} belongs to another configuration: {'; '.join(different)}. "
-            "Resume with the run's own settings, or start a run under another name"
-        )
-
-
 def _retain(run_dir: Path, *, keep: int, best_step: int | None) -> None:
     everything = committed(run_dir)
     newest = {step for step, _ in everything[-keep:]}
@@ -221,16 +640,6 @@ def _retain(run_dir: Path, *, keep: int, best_step: int | None) -> None:
             # The commit goes first: a half-deleted folder must not look like a checkpoint.
             (folder / COMMIT).unlink()
             shutil.rmtree(folder)
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never a part."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
 
 
 def _barrier() -> None:

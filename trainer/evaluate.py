@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from sacrebleu.metrics import BLEU, CHRF
 
 from data_shards.errors import UserError
-from trainer.checkpoint import write_atomically
 from trainer.config import EvaluationConfig
 from trainer.events import EventLog
 from trainer.run import LoadedModel, evaluation_dir, events_path, load_model
+from trainer.storage import write_atomically
 from trainer.translate import read_lines, translate
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from trainer import exhibits
-from trainer.checkpoint import write_atomically
 from trainer.config import RunConfig
 from trainer.evaluate import Result
 from trainer.exhibits import Event
@@ -31,6 +30,7 @@ from trainer.run import (
     read_events,
     report_path,
 )
+from trainer.storage import write_atomically
 
 log = logging.getLogger(__name__)
 
