@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from data_shards.errors import UserError
+from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from trainer.config import EvaluationConfig
@@ -182,6 +182,38 @@ def data_stats(data_dir: Path, as_json: bool) -> None:
         _print_json(dataclasses.asdict(numbers))
     else:
         click.echo(format_statistics(numbers))
+
+
+@data.command("audit")
+@click.argument("run")
+@_runs_option
+@_json_option
+def data_audit(run: str, runs: Path, as_json: bool) -> None:
+    """Compute what the run RUN was trained on again from its plan, and compare.
+
+    RUN is a run's name or folder. The rolling hash of the consumed pairs is compared wherever the
+    run recorded it, in its log and in its checkpoints; steps whose pairs were not trained on are
+    listed. Exits with status 1, and says where they first differ, unless each epoch was exact.
+
+    \b
+    Example:
+      babelray data audit demo
+    """
+    from cluster.naming import find_run
+
+    run_dir = find_run(run, runs)
+    from cluster.tables import audit_table
+    from trainer.audit import audit
+
+    result = audit(run_dir, progress=_say)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        click.echo(audit_table(result))
+    if not result.exact:
+        findings = result.findings()
+        more = [f"and {len(findings) - 10} more: --json lists all"] if len(findings) > 10 else []
+        raise RunFailedError("\n  ".join([f"{run_dir} is not as planned:", *findings[:10], *more]))
 
 
 @cli.command()
