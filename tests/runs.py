@@ -109,8 +109,9 @@ def write_checkpoint(
         }
         for file in sorted(folder.iterdir())
     }
-    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
-    (folder / "COMMIT").write_text("")
+    manifest = json.dumps({"step": step, "files": files})
+    (folder / "manifest.json").write_text(manifest)
+    (folder / "COMMIT").write_text(hashlib.sha256(manifest.encode()).hexdigest())
     return folder
 
 

@@ -118,6 +118,11 @@ class Checkpoints:
         """A checkpoint's name in the storage."""
         return f"{_FOLDER}/step-{step:08d}"
 
+    @property
+    def home(self) -> str:
+        """Where all of them lie: a path or URL, for messages."""
+        return self.storage.where(_FOLDER)
+
     def where(self, step: int) -> str:
         """A checkpoint's path or URL, for messages."""
         return self.storage.where(self.folder(step))
@@ -204,7 +209,7 @@ class Checkpoints:
             every = "; ".join(problem for found in passed_over.values() for problem in found)
             raise RunFailedError(
                 f"no checkpoint of this run can be trusted: {every}. Restore one from a backup, or "
-                f"start anew under another name ({self.storage.where(_FOLDER)} was left as it is)"
+                f"start anew under another name ({self.home} was left as it is)"
             )
         return None, passed_over
 
@@ -317,7 +322,7 @@ class Checkpoints:
             (step for step in reversed(steps) if not self.problems(step, hashes=hashes)), None
         )
         if trusted is None:
-            log.warning("no checkpoint verifies: all are kept (%s)", self.storage.where(_FOLDER))
+            log.warning("no checkpoint verifies: all are kept (%s)", self.home)
             return
         for step in steps:
             if step not in kept and step != trusted:

@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.evaluate import Result, read_test_set
 from trainer.figures import Series
 from trainer.formats import format_number
-from trainer.run import committed_checkpoints, evaluation_dir, load_model
+from trainer.run import evaluation_dir, load_model, open_checkpoints
 from trainer.translate import decode
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def samples(run_dir: Path, main: Result | None, manifest: Manifest | None) -> li
 
 def attention(run_dir: Path, manifest: Manifest | None) -> dict[str, Any] | None:
     """Cross-attention over one sentence of the test set, as the best checkpoint translates it."""
-    if manifest is None or not committed_checkpoints(run_dir):
+    if manifest is None or not open_checkpoints(run_dir).committed():
         return None
     try:
         loaded = load_model(run_dir, "best")

@@ -24,8 +24,8 @@ from trainer.evaluate import Result
 from trainer.exhibits import Event
 from trainer.formats import format_bytes, format_duration, format_moment, format_number
 from trainer.run import (
-    committed_checkpoints,
     evaluation_dir,
+    open_checkpoints,
     read_config,
     read_events,
     report_path,
@@ -257,7 +257,7 @@ def _detail(value: Any) -> str:
 
 def _checkpoints(run_dir: Path, events: list[Event]) -> dict[str, Any] | None:
     written = [event for event in events if event["event"] == "checkpoint"]
-    kept = [step for step, _ in committed_checkpoints(run_dir)]
+    kept = open_checkpoints(run_dir).committed()
     if not written and not kept:
         return None
     sizes = [event["bytes"] for event in written if event.get("bytes")]

@@ -9,6 +9,7 @@ Layout:
     evaluation/<test set>-<checkpoint>.json
     report.html
 
+With ``recovery.storage``, best.json and checkpoints/ lie there, under the run's name.
 Everything here only reads and needs no process group, so a laptop can look into a cluster's run.
 """
 
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from data_shards.errors import UserError
-from data_shards.manifest import Manifest, file_sha256
+from data_shards.manifest import Manifest
 from data_shards.vocabulary import Vocabulary
 from model.transformer import Transformer, build
 from trainer.average import average_weights
-from trainer.checkpoint import MANIFEST, STATE, WEIGHTS, committed
+from trainer.checkpoint import STATE, WEIGHTS, Checkpoints
 from trainer.config import RunConfig, parse_config
+from trainer.storage import StorageError
 
 # How many checkpoints "average" takes (the paper's number for the base models).
 AVERAGED_CHECKPOINTS = 5
@@ -49,11 +51,6 @@ class LoadedModel:
     step: int
     label: str
     steps: tuple[int, ...]
-
-
-def checkpoints_dir(run_dir: Path) -> Path:
-    """Where the run's checkpoints lie."""
-    return run_dir / "checkpoints"
 
 
 def events_path(run_dir: Path) -> Path:
@@ -127,9 +124,13 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def committed_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """``(step, folder)`` of every checkpoint that was written to its end, oldest first."""
-    return committed(run_dir)
+def open_checkpoints(run_dir: Path) -> Checkpoints:
+    """The run's checkpoints, wherever its configuration puts them.
+
+    Raises:
+        UserError: no such run, or its storage needs a package that is missing.
+    """
+    return Checkpoints.of(run_dir, read_config(run_dir).recovery)
 
 
 def load_model(
@@ -147,15 +148,17 @@ def load_model(
         UserError: no such run or checkpoint, a damaged or foreign file, no prepared corpus.
     """
     config = read_config(run_dir)
-    chosen = choose_checkpoints(run_dir, checkpoint)
+    checkpoints = Checkpoints.of(run_dir, config.recovery)
+    chosen = choose_checkpoints(checkpoints, checkpoint)
     manifest = Manifest.load(config.data.folder())
     vocabulary = Vocabulary.load(manifest.vocabulary_path)
-    for _, folder in chosen:
-        _verify_weights(run_dir, folder)
-    _check_corpus(chosen[-1][1], manifest)
-    weights = average_weights([folder / WEIGHTS for _, folder in chosen])
+    for step in chosen:
+        _verify(checkpoints, step)
+    _check_corpus(checkpoints, chosen[-1], manifest)
+    files = [checkpoints.weights(step) for step in chosen]
+    weights = average_weights(files)
     model = build(config.model, manifest.vocabulary_size)
-    _fill(model, weights, chosen[-1][1] / WEIGHTS)
+    _fill(model, weights, files[-1])
     model.to(device)
     model.eval()
     return LoadedModel(
@@ -163,19 +166,18 @@ def load_model(
         config=config,
         manifest=manifest,
         vocabulary=vocabulary,
-        step=chosen[-1][0],
+        step=chosen[-1],
         label=checkpoint.replace(":", "-"),
-        steps=tuple(step for step, _ in chosen),
+        steps=tuple(chosen),
     )
 
 
-def choose_checkpoints(run_dir: Path, checkpoint: str) -> list[tuple[int, Path]]:
-    """The committed checkpoints that ``checkpoint`` stands for, oldest first: several to average.
+def choose_checkpoints(checkpoints: Checkpoints, checkpoint: str) -> list[int]:
+    """The committed steps that ``checkpoint`` stands for, oldest first: several to average.
 
     Raises:
         UserError: the word is unknown, or the run has no such checkpoint (yet).
     """
-    committed = committed_checkpoints(run_dir)
     kind, colon, number = checkpoint.partition(":")
     is_number = number.isascii() and number.isdigit()
     is_known = (
@@ -187,40 +189,40 @@ def choose_checkpoints(run_dir: Path, checkpoint: str) -> list[tuple[int, Path]]
         raise UserError(
             f"unknown checkpoint {checkpoint!r}: use best, last, average, average:N or a step"
         )
+    committed = checkpoints.committed()
     if not committed:
         raise UserError(
-            f"the run {run_dir} has no checkpoint yet: train it further (a checkpoint is written "
-            "every trainer.checkpoint_every steps and at the end)"
+            f"there is no checkpoint yet in {checkpoints.home}: train the run further (a "
+            "checkpoint is written every trainer.checkpoint_every steps and at the end)"
         )
     if kind == "average":
         wanted = int(number) if colon else AVERAGED_CHECKPOINTS
         if colon and wanted > len(committed):
             raise UserError(
-                f"{checkpoint}: the run {run_dir} has only {len(committed)} checkpoints "
-                f"({_steps(committed)}): average fewer, or train with a larger "
+                f"{checkpoint}: there are only {len(committed)} checkpoints in "
+                f"{checkpoints.home} ({_list(committed)}): average fewer, or train with a larger "
                 "trainer.keep_checkpoints"
             )
         return committed[-wanted:]
-    by_step = dict(committed)
     if kind == "last":
         return committed[-1:]
     if kind == "best":
-        step = _best_step(run_dir)
+        step = _best_step(checkpoints)
         if step is None:
             return committed[-1:]
-        if step not in by_step:
+        if step not in committed:
             raise UserError(
-                f"the best checkpoint (step {step}) is gone from {checkpoints_dir(run_dir)}: "
-                f"give --checkpoint last, or a step of: {_steps(committed)}"
+                f"the best checkpoint (step {step}) is gone from {checkpoints.home}: "
+                f"give --checkpoint last, or a step of: {_list(committed)}"
             )
-        return [(step, by_step[step])]
+        return [step]
     step = int(kind)
-    if step not in by_step:
+    if step not in committed:
         raise UserError(
-            f"the run {run_dir} has no checkpoint of step {step}: "
-            f"give --checkpoint with a step of: {_steps(committed)}"
+            f"there is no checkpoint of step {step} in {checkpoints.home}: "
+            f"give --checkpoint with a step of: {_list(committed)}"
         )
-    return [(step, by_step[step])]
+    return [step]
 
 
 def _is_progress(event: dict[str, Any]) -> bool:
@@ -243,66 +245,39 @@ def _no_such_run(run_dir: Path) -> str:
     return f"no such run: {run_dir} holds no config.json; {listed}"
 
 
-def _steps(committed: list[tuple[int, Path]]) -> str:
-    return ", ".join(str(step) for step, _ in committed)
+def _list(steps: list[int]) -> str:
+    return ", ".join(str(step) for step in steps)
 
 
-def _best_step(run_dir: Path) -> int | None:
-    file = run_dir / "best.json"
+def _best_step(checkpoints: Checkpoints) -> int | None:
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error}): give --checkpoint last or a step"
-        ) from None
+        return checkpoints.best()
+    except StorageError as error:
+        raise UserError(f"{error}; or give --checkpoint last or a step") from None
 
 
-def _verify_weights(run_dir: Path, folder: Path) -> None:
-    """Compare the weights with the size and sha256 that the checkpoint's manifest holds."""
-    file = folder / WEIGHTS
-    others = [item for item in committed_checkpoints(run_dir) if item[1] != folder]
-    mend = (
-        f"give --checkpoint with another step: {_steps(others)}"
-        if others
-        else "the run has no other checkpoint: train it further"
-    )
-    manifest_file = folder / MANIFEST
-    try:
-        entry = json.loads(manifest_file.read_text(encoding="utf-8"))["files"][WEIGHTS]
-        expected_bytes, expected_sha256 = int(entry["bytes"]), str(entry["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest_file} is missing or damaged ({error}); {mend}") from None
-    try:
-        num_bytes = file.stat().st_size
-        if num_bytes != expected_bytes:
-            raise UserError(
-                f"{file} is damaged: {expected_bytes} bytes expected, {num_bytes} found; {mend}"
-            )
-        found_sha256 = file_sha256(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); {mend}") from None
-    if found_sha256 != expected_sha256:
-        raise UserError(
-            f"{file} is damaged: sha256 {expected_sha256} expected, {found_sha256} found; {mend}"
+def _verify(checkpoints: Checkpoints, step: int) -> None:
+    """Compare what is loaded with what was committed."""
+    found = checkpoints.problems(step, only=(WEIGHTS, STATE))
+    if found:
+        others = [other for other in checkpoints.committed() if other != step]
+        mend = (
+            f"give --checkpoint with another step: {_list(others)}"
+            if others
+            else "the run has no other checkpoint: train it further"
         )
+        raise UserError(f"{'; '.join(found)}; {mend}")
 
 
-def _check_corpus(folder: Path, manifest: Manifest) -> None:
+def _check_corpus(checkpoints: Checkpoints, step: int, manifest: Manifest) -> None:
     """With another vocabulary the same weights would translate into nonsense."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        trained_on = str(state["settings"]["data"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / STATE} is missing or damaged ({error}); give another --checkpoint"
-        ) from None
+    with checkpoints.open(step) as reader:
+        trained_on = reader.state["settings"]["data"]
     if trained_on != manifest.sha256:
         raise UserError(
-            f"{folder} was trained on another corpus than the one in {manifest.folder}: its "
-            f"manifest had sha256 {trained_on}, this one has {manifest.sha256}. Put the corpus of "
-            "the run back there"
+            f"{checkpoints.where(step)} was trained on another corpus than the one in "
+            f"{manifest.folder}: its manifest had sha256 {trained_on}, this one has "
+            f"{manifest.sha256}. Put the corpus of the run back there"
         )
 
 

@@ -467,7 +467,7 @@ class Saver:
         """Only the newest attempt may touch what ranks share: an older one may live on unseen."""
         if not self._checkpoints.is_attempt(self._token):
             raise StorageError(
-                f"a newer attempt of this run has begun ({self._storage.where('checkpoints')}): "
+                f"a newer attempt of this run has begun ({self._checkpoints.home}): "
                 "this one may not save any more. End it"
             )
 

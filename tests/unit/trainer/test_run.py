@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from data_shards.errors import UserError
 from trainer.events import EventLog
 from trainer.run import (
     choose_checkpoints,
-    committed_checkpoints,
     events_path,
     load_model,
+    open_checkpoints,
     read_config,
     read_events,
 )
+from trainer.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,10 @@ def run_dir(trained, tmp_path):
 
 def _weights(run_dir, step):
     return run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+
+
+def choose(run_dir, checkpoint):
+    return choose_checkpoints(open_checkpoints(run_dir), checkpoint)
 
 
 class TestConfig:
@@ -133,13 +139,11 @@ class TestChoice:
     def test_only_committed_checkpoints_count(self, run_dir):
         (run_dir / "checkpoints" / "step-00000180" / "COMMIT").unlink()
         (run_dir / "checkpoints" / "notes").mkdir()
-        assert [step for step, _ in committed_checkpoints(run_dir)] == [60, 120]
-        assert choose_checkpoints(run_dir, "last")[0][0] == 120
+        assert choose(run_dir, "average") == [60, 120]
+        assert choose(run_dir, "last") == [120]
 
     def test_each_word(self, run_dir):
-        def steps(checkpoint):
-            return [step for step, _ in choose_checkpoints(run_dir, checkpoint)]
-
+        steps = partial(choose, run_dir)
         assert steps("best") == [180]  # nothing validated yet: the last
         (run_dir / "best.json").write_text('{"step": 120, "valid_nll": 1.5}')
         assert steps("best") == [120]
@@ -151,28 +155,49 @@ class TestChoice:
     @pytest.mark.parametrize("word", ["bset", "average:", "average:0", "best:2", "-1", "", "²"])
     def test_another_word_is_refused(self, trained, word):
         with pytest.raises(UserError, match="use best, last, average, average:N or a step"):
-            choose_checkpoints(trained, word)
+            choose(trained, word)
 
     def test_an_absent_step_names_those_there_are(self, trained):
         with pytest.raises(UserError, match=r"no checkpoint of step 3.*: 60, 120, 180"):
-            choose_checkpoints(trained, "3")
+            choose(trained, "3")
 
     def test_more_than_there_are_cannot_be_averaged(self, trained):
         with pytest.raises(UserError, match="only 3 checkpoints"):
-            choose_checkpoints(trained, "average:4")
+            choose(trained, "average:4")
 
     def test_a_run_without_checkpoints_says_so(self, run_dir):
         shutil.rmtree(run_dir / "checkpoints")
         with pytest.raises(UserError, match="no checkpoint yet"):
-            choose_checkpoints(run_dir, "best")
+            choose(run_dir, "best")
 
     def test_a_best_checkpoint_that_is_gone_is_not_replaced_in_silence(self, run_dir):
         (run_dir / "best.json").write_text('{"step": 3, "valid_nll": 1.5}')
         with pytest.raises(UserError, match=r"best checkpoint .step 3. is gone.*--checkpoint last"):
-            choose_checkpoints(run_dir, "best")
+            choose(run_dir, "best")
 
 
 class TestModel:
+    @pytest.mark.parametrize("kind", ["folder", "remote"])
+    def test_checkpoints_lie_where_the_configuration_puts_them(
+        self, kind, run_dir, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        expected = load_model(run_dir, "60").model.state_dict()
+        where = str(tmp_path / "storage") if kind == "folder" else f"memory://{tmp_path.name}"
+        config = json.loads((run_dir / "config.json").read_text())
+        config["recovery"]["storage"] = where
+        (run_dir / "config.json").write_text(json.dumps(config))
+        storage = Storage.of(where)
+        for file in sorted((run_dir / "checkpoints").rglob("*.*")) + sorted(
+            (run_dir / "checkpoints").rglob("COMMIT")
+        ):
+            storage.put(file, f"demo/{file.relative_to(run_dir).as_posix()}")
+        storage.write("demo/best.json", b'{"step": 60, "valid_nll": 1.5}')
+        loaded = load_model(run_dir, "best")
+        assert loaded.step == 60
+        found = loaded.model.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
     def test_the_weights_are_the_files(self, trained):
         loaded = load_model(trained, "120")
         assert (loaded.step, loaded.label, loaded.steps) == (120, "120", (120,))
@@ -193,7 +218,7 @@ class TestModel:
         file = _weights(run_dir, 180)
         content = file.read_bytes()
         file.write_bytes(content[:-7])
-        sizes = f"{len(content)} bytes expected, {len(content) - 7} found"
+        sizes = f"has {len(content) - 7} bytes, {len(content)} were written"
         with pytest.raises(UserError, match=f"{sizes}; .*another step: 60, 120"):
             load_model(run_dir, "last")
 
@@ -202,12 +227,12 @@ class TestModel:
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"step-00000180.*sha256 .* expected, .* found"):
+        with pytest.raises(UserError, match=r"step-00000180.*differs from what was written"):
             load_model(run_dir, "average")
 
     def test_a_checkpoint_without_its_manifest_is_refused(self, run_dir):
         (_weights(run_dir, 180).parent / "manifest.json").unlink()
-        with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
+        with pytest.raises(UserError, match=r"manifest\.json is missing; .*another step"):
             load_model(run_dir, "last")
 
     def test_another_corpus_in_the_same_place_is_refused(self, run_dir):
