@@ -204,7 +204,11 @@ class Engine:
         ``target_tokens`` is the step's *global* count. DeepSpeed averages over ranks, which the
         factor undoes: the sum over all micro-batches of all ranks is the gradient of the mean.
         """
-        self._engine.backward(loss_sum * (self._world_size / target_tokens))
+        loss = loss_sum * (self._world_size / target_tokens)
+        if self._config.zero_stage == 0:
+            # DeepSpeed 0.19 scales only for ZeRO's optimizers, yet stage 0's divides by the scale.
+            loss = loss * self._scaler_state().get("cur_scale", 1.0)
+        self._engine.backward(loss)
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
         """Reduce, clip, update; every rank must call it.
@@ -395,11 +399,10 @@ class Engine:
         elif self._config.zero_stage < 3:
             zero.update_lp_params()
         else:
+            # Lets go of the small parameters' whole copies, too; the next use gathers them anew.
             zero._partition_all_parameters()
             for index in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
-            # Gathers the small parameters, which stay whole on every rank.
-            zero._post_step(set())
 
     def _scaler(self) -> Any:
         stage0 = self._config.zero_stage == 0
