@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed
@@ -18,19 +21,28 @@ from data_shards.manifest import Manifest
 from data_shards.plan import Plan, lanes_of_rank
 from data_shards.stream import StepBatches, Stream
 from model.transformer import build
-from trainer import checkpoint
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import Checkpoints, check_settings
 from trainer.config import STOP_FILE, RunConfig
+from trainer.control import HELD_FILE, HOLD_FILE, Handover
 from trainer.engine import Engine
 from trainer.events import EventLog
+from trainer.guard import Guard, Reason
 from trainer.metrics import Metrics
 from trainer.reporter import Reporter, Update
+from trainer.saver import Saver
+from trainer.saving import NUM_FLAGS, Saving
 from trainer.schedule import learning_rate, progress
+from trainer.state import TrainState
+from trainer.storage import write_atomically
 from trainer.validation import ValidationSet, empty_batch
+from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 _MASK64 = (1 << 64) - 1
+
+# The watchdog can say more than torch about a rank that waits: torch's time-outs come after it.
+_COLLECTIVE_TIMEOUTS = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class StepTotals:
     data_hash: int
     elapsed_s: float  # rank 0's clock
     stop_requested: bool
+    hold_requested: bool
+    saving: list[float]
+    bad_lanes: list[int]  # whose own loss is not finite
 
 
 class Rank:
@@ -58,47 +73,86 @@ class Rank:
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.rank, self.world_size = rank, world_size
+        self.phase = "starting"  # for whoever asks what a rank hangs in
+        self.watchdog = Watchdog(
+            config.recovery.hang_timeout_s, self._doing, rank=rank, dump_to=_log_stream()
+        )
         self.device = _device(local_rank)
+        self.state = TrainState()
+
+    def prepare(self) -> None:
+        """Load the corpus, make the model and the engine (a collective)."""
+        config = self.config
         self.manifest = Manifest.load(config.data.folder())
         self.plan = Plan.of(self.manifest, config.data, config.trainer.seed)
+        self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
         torch.manual_seed(config.trainer.seed)
         model = build(config.model, self.manifest.vocabulary_size)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = Engine(
             model.to(self.device),
             config.trainer,
-            world_size=world_size,
-            device=self.device,
-        )
-        self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
-        self.state = TrainState()
-        self.settings = _resume_settings(config, self.manifest, self.plan)
-
-    def resume(self) -> bool:
-        """Go on from the newest trusted checkpoint; False if there is none."""
-        step = torch.tensor([-1], device=self.device)
-        if self.rank == 0:
-            folder = checkpoint.find_trusted(self.run_dir)
-            if folder is not None:
-                step[0] = int(folder.name.removeprefix("step-"))
-        torch.distributed.broadcast(step, src=0)
-        if step.item() < 0:
-            return False
-        self.state = checkpoint.load(
-            self.engine,
-            checkpoint.checkpoint_folder(self.run_dir, int(step.item())),
             world_size=self.world_size,
-            settings=self.settings,
+            device=self.device,
+            collective_timeout_s=_COLLECTIVE_TIMEOUTS * config.recovery.hang_timeout_s,
         )
-        return True
+        self.settings = _resume_settings(config, self.manifest, self.plan)
+        self.checkpoints = Checkpoints.of(self.run_dir, config.recovery)
+        self.token = f"{int(self._shared(secrets.randbits(32))):08x}"
+        if self.rank == 0:
+            self.checkpoints.begin_attempt(self.token)
+
+    def resume(self) -> dict[int, list[str]] | None:
+        """Go on from the newest trusted checkpoint (a collective).
+
+        Returns:
+            The newer ones that were passed over, and why (rank 0); None if there is no checkpoint.
+
+        Raises:
+            UserError: the checkpoint belongs to another configuration.
+            RunFailedError: there are checkpoints, but none can be trusted.
+        """
+        self.phase = "reading a checkpoint"
+        step, passed_over = self._find_trusted()
+        if step is None:
+            return None
+        self.state = self._load(step)
+        return passed_over
+
+    def _find_trusted(self, before: int | None = None) -> tuple[int | None, dict[int, list[str]]]:
+        """Rank 0 looks; all ranks must take the same one, or meet the same error."""
+        step, error = -1, None
+        passed_over: dict[int, list[str]] = {}
+        if self.rank == 0:
+            try:
+                found, passed_over = self.checkpoints.find_trusted(before)
+                step = -1 if found is None else found
+            except RunFailedError as failure:
+                step, error = -2, failure
+        step = int(self._shared(step))
+        if step == -2:
+            raise error or RunFailedError("no checkpoint of this run can be trusted (see rank 0)")
+        return (None if step < 0 else step), passed_over
+
+    def _load(self, step: int) -> TrainState:
+        """Weights and optimizer of a checkpoint into the engine (a collective); its state."""
+        with self.checkpoints.open(step) as reader:
+            described = reader.state
+            where = self.checkpoints.where(step)
+            check_settings(where, described["settings"], self.settings)
+            self.engine.restore(reader.read, described["optimizer"])
+        return TrainState.from_json(described)
 
     def run(self, events: EventLog | None, metrics: Metrics | None) -> str:
         """Train until there is a reason to stop; returns it.
 
         ``events`` and ``metrics`` are rank 0's; None elsewhere.
+
+        Raises:
+            Handover: a checkpoint was asked for, to go on with another group of ranks.
         """
-        config = self.config.trainer
-        reporter = Reporter(
+        self.guard = Guard(self.config.recovery, self.state.guard)
+        self.reporter = Reporter(
             self.config,
             self.manifest,
             self.plan,
@@ -111,54 +165,82 @@ class Rank:
         # A resume with a smaller bound, or of a finished run, has nothing to do.
         reason = self._reason_to_stop(stop_requested=False)
         if reason:
-            reporter.finished(reason)
+            self.reporter.finished(reason)
             return reason
+        recovery = self.config.recovery
+        saver = Saver(
+            self.checkpoints,
+            self.engine,
+            rank=self.rank,
+            world_size=self.world_size,
+            token=self.token,
+            keep=self.config.trainer.keep_checkpoints,
+            staging=recovery.staging,
+        )
+        self.saving = Saving(
+            saver,
+            recovery,
+            is_first=self.rank == 0,
+            sum_over_ranks=self._sum,
+            saved=self.reporter.saved,
+            failed=self.reporter.save_failed,
+        )
+        try:
+            reason = self._train()
+        finally:
+            self.saving.close()
+        self.reporter.finished(reason)
+        return reason
+
+    def _train(self) -> str:
+        config, state = self.config.trainer, self.state
         lanes = lanes_of_rank(self.rank, self.world_size, self.config.data.lanes)
         stream = Stream(
             self.manifest,
             self.plan,
             lanes,
-            self.state.step,
+            state.step,
             prefetch_steps=self.config.data.prefetch_steps,
             cache_dir=self.config.data.cache_dir,
         )
-        started, before_s = time.monotonic(), self.state.elapsed_s
+        clock_offset_s = state.elapsed_s - time.monotonic()
         self.engine.train()
+        reason = None
         with stream:
             while reason is None:
+                self.watchdog.beat()
+                self.phase = "waiting for data"
                 began = time.monotonic()
                 batches = next(stream)
                 waited_s = time.monotonic() - began
-                target_tokens = self.plan.target_tokens(batches.step)
-                totals = self._accumulate(batches, target_tokens, before_s - started)
-                self._assert_finite(totals, batches.step)
-                state = self.state
-                done = progress(config, steps_done=state.step, elapsed_s=totals.elapsed_s)
-                rate = learning_rate(
-                    config, state.step + 1, d_model=self.config.model.d_model, done=done
-                )
-                grad_norm = self.engine.step(rate).grad_norm
-                self._advance(totals, batches.step)
-                reporter.stepped(Update(totals.loss_sum, totals.nll_sum, rate, grad_norm, waited_s))
-
+                totals = self._accumulate(batches, clock_offset_s)
+                self.saving.hear(*totals.saving)
+                self._update(totals, batches.step, waited_s)
                 reason = self._reason_to_stop(stop_requested=totals.stop_requested)
                 improved = False
                 if state.step % config.validate_every == 0 or reason not in (None, "stopped"):
-                    improved = self._validate(reporter)
+                    improved = self._validate()
                     reason = reason or self._reason_to_stop(stop_requested=False)
-                if improved or reason or state.step % config.checkpoint_every == 0:
-                    self._save(reporter)
-        reporter.finished(reason)
+                if improved or state.step % config.checkpoint_every == 0:
+                    self.saving.wanted = True
+                if reason or totals.hold_requested:
+                    self.phase = "saving"
+                    self.saving.save_now(self._described, state.step)
+                else:
+                    self.saving.begin_if_wanted(self._described, state.step)
+                if totals.hold_requested and not reason:
+                    self._hand_over()
         return reason
 
-    def _accumulate(
-        self, batches: StepBatches, target_tokens: int, clock_offset_s: float
-    ) -> StepTotals:
+    def _accumulate(self, batches: StepBatches, clock_offset_s: float) -> StepTotals:
         """Forward and backward over this rank's lanes, then one reduction of what all must know."""
         config = self.config.trainer
+        target_tokens = self.plan.target_tokens(batches.step)
         loss_sum = torch.zeros((), device=self.device)
         nll_sum = torch.zeros((), device=self.device)
+        bad_lanes = torch.zeros(self.config.data.lanes, device=self.device)
         data_hash = 0
+        self.phase = "computing"
         for batch in batches.batches:
             # Dropout depends on the lane, not on who computes it: the same masks at any size.
             torch.manual_seed(_dropout_seed(config.seed, batches.step, batch.lane))
@@ -166,6 +248,7 @@ class Rank:
             self.engine.backward(loss, target_tokens=target_tokens)
             loss_sum += loss.detach()
             nll_sum += nll.detach()
+            bad_lanes[batch.lane] = (~torch.isfinite(loss.detach())).float()
             data_hash += batch.data_hash
         for _ in range(self._idle_passes(batches)):
             loss, _ = self._loss(*empty_batch())
@@ -173,20 +256,27 @@ class Rank:
         # The hash goes in two halves: sums of 32-bit integers are exact in float64.
         halves = (data_hash & _MASK64) >> 32, data_hash & 0xFFFFFFFF
         clock_s = time.monotonic() + clock_offset_s if self.rank == 0 else 0.0
-        stop = self.rank == 0 and (self.run_dir / STOP_FILE).exists()
+        requests = [float(self.rank == 0 and (self.run_dir / name).exists()) for name in _REQUESTS]
         numbers = torch.tensor(
-            [0.0, 0.0, *halves, clock_s, float(stop)], dtype=torch.float64, device=self.device
+            [0.0, 0.0, *halves, clock_s, *requests, *self.saving.flags()],
+            dtype=torch.float64,
+            device=self.device,
         )
         numbers[0], numbers[1] = loss_sum, nll_sum
+        numbers = torch.cat([numbers, bad_lanes.double()])
+        self.phase = "waiting for the other ranks in the step's reduction"
         if self.world_size > 1:
             torch.distributed.all_reduce(numbers)
-        loss_total, nll_total, high, low, elapsed_s, stopped = numbers.tolist()
+        loss_total, nll_total, high, low, elapsed_s, stop, hold, *others = numbers.tolist()
         return StepTotals(
             loss_sum=loss_total,
             nll_sum=nll_total,
             data_hash=((int(high) << 32) + int(low)) & _MASK64,
             elapsed_s=elapsed_s,
-            stop_requested=stopped > 0,
+            stop_requested=stop > 0,
+            hold_requested=hold > 0,
+            saving=others[:NUM_FLAGS],
+            bad_lanes=[lane for lane, bad in enumerate(others[NUM_FLAGS:]) if bad],
         )
 
     def _idle_passes(self, batches: StepBatches) -> int:
@@ -207,14 +297,65 @@ class Rank:
         )
         return most - mine
 
-    def _assert_finite(self, totals: StepTotals, step: int) -> None:
-        if math.isfinite(totals.loss_sum):
-            return
-        epoch, _ = self.plan.locate(step)
-        raise RunFailedError(
-            f"the loss of step {step + 1} (epoch {epoch}) is {totals.loss_sum}; no update was made "
-            "with it. Resume from the last checkpoint with a lower trainer.peak_learning_rate or "
-            f"more trainer.warmup_steps ({self.run_dir})"
+    def _update(self, totals: StepTotals, step: int, waited_s: float) -> None:
+        """Make the update, or skip it where the numbers went wrong; the position moves on."""
+        config, state, guard = self.config.trainer, self.state, self.guard
+        self.phase = "updating"
+        loss = totals.loss_sum / self.plan.target_tokens(step)
+        done = progress(config, steps_done=state.step, elapsed_s=totals.elapsed_s)
+        rate = learning_rate(config, state.step + 1, d_model=self.config.model.d_model, done=done)
+        reason = guard.judge_loss(loss)
+        result = self.engine.step(rate, veto=reason is not None)
+        reason = reason or guard.judge_update(
+            finite_norm=math.isfinite(result.grad_norm), overflow=result.overflow
+        )
+        assert result.applied == (reason is None), (result, reason)
+        self._advance(totals, step)
+        if reason is None:
+            guard.trained(loss)
+            self.reporter.stepped(
+                Update(totals.loss_sum, totals.nll_sum, rate, result.grad_norm, waited_s)
+            )
+        else:
+            self._skip(reason, loss, result.grad_norm, totals.bad_lanes)
+
+    def _skip(self, reason: Reason, loss: float, grad_norm: float, bad_lanes: list[int]) -> None:
+        step = self.state.step
+        action = self.guard.skipped(step, reason)
+        pairs = {}
+        if self.rank == 0:
+            batches = self.plan.step(step - 1)
+            pairs = {batch.lane: batch.pair_ids.tolist() for batch in batches}
+        self.reporter.skipped(reason, loss, grad_norm, bad_lanes, pairs)
+        if action == "rewind":
+            self._rewind()
+        elif action == "stop":
+            raise self._diverged("and the policy is to stop")
+
+    def _rewind(self) -> None:
+        """Back to the weights of before the trouble; the data goes on, what is between is left."""
+        start = self.guard.state.streak_start
+        assert start is not None
+        self.phase = "going back to a checkpoint"
+        self.saving.settle()
+        found, _ = self._find_trusted(before=start - 1)
+        if found is None:
+            raise self._diverged("and there is no checkpoint from before them to go back to")
+        saved = self._load(found)
+        self.guard.rewound(saved.guard)
+        self.engine.train()
+        # So that the decision lasts: a crash from here on must not meet the same trouble again.
+        self.saving.wanted = True
+        self.reporter.rewound(found)
+
+    def _diverged(self, why: str) -> RunFailedError:
+        guard = self.guard.state
+        return RunFailedError(
+            f"{guard.streak} steps in a row, from step {guard.streak_start} on, had a loss or a "
+            f"gradient that was no number or far too high (after {guard.rewinds} rewinds), {why}. "
+            "No update was made with them. Start anew with a lower trainer.peak_learning_rate, "
+            "more trainer.warmup_steps or fp32, or look at the pairs of the events 'skipped' in "
+            f"{self.run_dir / 'events.jsonl'}"
         )
 
     def _advance(self, totals: StepTotals, step: int) -> None:
@@ -236,8 +377,17 @@ class Rank:
             return "early_stopping"
         return "stopped" if stop_requested else None
 
-    def _validate(self, reporter: Reporter) -> bool:
+    def _hand_over(self) -> None:
+        """The checkpoint is committed: tell who asked for it, and leave."""
+        step = self.state.step
+        if self.rank == 0:
+            write_atomically(self.run_dir / HELD_FILE, json.dumps({"step": step}) + "\n")
+            self.reporter.handed_over()
+        raise Handover(f"saved at step {step} to go on with another group of workers")
+
+    def _validate(self) -> bool:
         """Validation loss over all ranks; True if it is the best so far."""
+        self.phase = "validating"
         began = time.monotonic()
         self.engine.train(False)
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -245,6 +395,7 @@ class Rank:
         passes = math.ceil(len(batches) / self.world_size)
         with torch.no_grad():
             for turn in range(passes):
+                self.watchdog.beat()
                 index = turn * self.world_size + self.rank
                 batch = batches[index] if index < len(batches) else empty_batch()
                 _, nll = self._loss(*batch)
@@ -260,26 +411,34 @@ class Rank:
             state.best_nll, state.best_step, state.stale_validations = nll_mean, state.step, 0
         else:
             state.stale_validations += 1
-        reporter.validated(nll_mean, improved, time.monotonic() - began)
+        self.reporter.validated(nll_mean, improved, time.monotonic() - began)
         return improved
 
-    def _save(self, reporter: Reporter) -> None:
-        began = time.monotonic()
-        size = checkpoint.save(
-            self.engine,
-            self.run_dir,
-            self.state,
-            rank=self.rank,
-            world_size=self.world_size,
-            keep=self.config.trainer.keep_checkpoints,
-            settings=self.settings,
-        )
-        reporter.saved(size, time.monotonic() - began)
+    def _described(self) -> dict[str, Any]:
+        """What ``state.json`` of a checkpoint taken now holds."""
+        return {**self.state.to_json(), "settings": self.settings}
 
     def _loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """``(loss_sum, nll_sum)`` of one micro-batch of CPU tensors."""
         moved = [tensor.to(self.device, non_blocking=True) for tensor in batch]
         return self.engine(*moved, self.config.trainer.label_smoothing)
+
+    def _sum(self, numbers: list[float]) -> list[float]:
+        """The sum over all ranks of a few numbers; shows that all of them are alive."""
+        self.watchdog.beat()
+        if self.world_size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def _shared(self, number: int) -> float:
+        """Rank 0's number on all ranks; exact below 2**53."""
+        [shared] = self._sum([float(number) if self.rank == 0 else 0.0])
+        return shared
+
+    def _doing(self) -> str:
+        return f"after step {self.state.step}, {self.phase}"
 
 
 def train(
@@ -301,36 +460,56 @@ def train(
 
     Raises:
         DataError: a shard is missing, cut short or altered.
-        RunFailedError: the loss is not finite, or no checkpoint can be trusted.
+        Handover: a checkpoint was asked for, to go on with another group of ranks.
+        RunFailedError: the numbers stayed wrong, or no checkpoint could be read or written.
         UserError: the checkpoint belongs to another configuration.
     """
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     this = Rank(config, run_dir, rank=rank, world_size=world_size, local_rank=local_rank)
-    resumed = this.resume() if resume else False
-    if rank != 0:
-        return this.run(None, None)
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    with this.watchdog:
+        this.prepare()
+        passed_over = this.resume() if resume else None
+        if rank != 0:
+            return this.run(None, None)
+        return _run_first(this, passed_over)
+
+
+def _run_first(this: Rank, passed_over: dict[int, list[str]] | None) -> str:
+    """Rank 0, which tells for all."""
+    config, run_dir = this.config.trainer, this.run_dir
+    _forget_requests(run_dir)
     events = EventLog(run_dir / "events.jsonl")
-    metrics = Metrics(
-        run_dir.name, host=config.trainer.metrics_host, port=config.trainer.metrics_port
-    )
+    metrics = Metrics(run_dir.name, host=config.metrics_host, port=config.metrics_port)
     try:
         events.write(
-            "resumed" if resumed else "started",
+            "started" if passed_over is None else "resumed",
             step=this.state.step,
-            world_size=world_size,
+            **({"passed_over": passed_over} if passed_over else {}),
+            attempt=this.token,
+            world_size=this.world_size,
             parameters=this.num_parameters,
             steps_per_epoch=this.plan.steps_per_epoch,
+            data_hash=f"{this.state.data_hash:016x}",
             device=str(this.device),
             torch=torch.__version__,
         )
         reason = this.run(events, metrics)
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        _forget_requests(run_dir)
         return reason
     finally:
         metrics.close()
         events.close()
+
+
+# Rank 0 looks for these files at each step: stop, hold.
+_REQUESTS = (STOP_FILE, HOLD_FILE)
+
+
+def _forget_requests(run_dir: Path) -> None:
+    for name in (*_REQUESTS, HELD_FILE):
+        with suppress(FileNotFoundError):
+            (run_dir / name).unlink()
 
 
 def _device(local_rank: int) -> torch.device:
@@ -340,13 +519,21 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _log_stream() -> TextIO | None:
+    """The file that this rank logs to, if it is one."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            return handler.stream
+    return None
+
+
 def _dropout_seed(seed: int, step: int, lane: int) -> int:
     """64 bits that differ for every (step, lane) of a run; 4096 lanes at most (data.lanes)."""
     return (seed * 0x9E3779B97F4A7C15 + (step << 12) + lane) & _MASK64
 
 
 def _resume_settings(config: RunConfig, manifest: Manifest, plan: Plan) -> dict[str, Any]:
-    """What decides weights, data order and the optimizer's layout: unchanged over a resume."""
+    """What decides weights and data order: unchanged over a resume."""
     trainer, data = config.trainer, config.data
     return {
         **{f"model.{name}": value for name, value in config.model.model_dump().items()},
@@ -356,6 +543,5 @@ def _resume_settings(config: RunConfig, manifest: Manifest, plan: Plan) -> dict[
         "data.window_pairs": data.window_pairs,
         "trainer.seed": trainer.seed,
         "plan": plan.digest,
-        "zero_stage": trainer.zero_stage,
         "precision": trainer.precision,
     }

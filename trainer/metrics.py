@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import get_args
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from trainer.guard import Reason
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,23 @@ class Metrics:
         self.data_wait_seconds = self._histogram(
             "data_wait_seconds", "Part of a step spent waiting for the stream."
         )
+        self.checkpoint_seconds = self._histogram(
+            "checkpoint_seconds", "From the copy of the state to the commit."
+        )
+        self.checkpoint_stall_seconds = self._counter(
+            "checkpoint_stall_seconds", "Time that training stood still for checkpoints."
+        )
+        self.checkpoint_failures = self._counter(
+            "checkpoint_failures", "Checkpoints that could not be written."
+        )
+        self.rewinds = self._counter("rewinds", "Returns to the weights of an earlier checkpoint.")
+        skipped = Counter(
+            "babelray_skipped_steps",
+            "Steps not trained on, because their numbers went wrong.",
+            ["run", "reason"],
+            registry=self.registry,
+        )
+        self.skipped_steps = {reason: skipped.labels(run, reason) for reason in get_args(Reason)}
         self._server: WSGIServer | None = None
         if port:
             self._serve(host, port)

@@ -10,10 +10,12 @@ import torch
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from model.cost import peak_flops, training_flops
-from trainer.checkpoint import TrainState
 from trainer.config import RunConfig
 from trainer.events import EventLog
+from trainer.guard import Reason
 from trainer.metrics import Metrics
+from trainer.saver import Saved
+from trainer.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,80 @@ class Reporter:
         if self._metrics is not None:
             self._metrics.valid_nll.set(nll)
 
-    def saved(self, size_bytes: int, seconds: float) -> None:
-        """After a checkpoint was committed."""
+    def skipped(
+        self,
+        reason: Reason,
+        loss: float,
+        grad_norm: float,
+        lanes: list[int],
+        pairs: dict[int, list[int]],
+    ) -> None:
+        """After a step that was not trained on.
+
+        Args:
+            loss, grad_norm: what went wrong, in the units of the events of steps.
+            lanes: those whose own loss is not finite.
+            pairs: the ids of all the step's pairs by lane.
+        """
+        state = self._state
+        epoch, _ = self._plan.locate(state.step - 1)
+        self._last_elapsed_s = state.elapsed_s
+        if self._events is not None:
+            self._events.write(
+                "skipped",
+                step=state.step,
+                epoch=epoch,
+                reason=reason,
+                loss=loss,
+                grad_norm=grad_norm,
+                lanes=lanes,
+                pairs=pairs,
+                skipped=state.guard.skipped,
+                data_hash=f"{state.data_hash:016x}",
+            )
+        if self._metrics is not None:
+            self._metrics.skipped_steps[reason].inc()
+            self._metrics.last_step_time.set_to_current_time()
+
+    def rewound(self, to_step: int) -> None:
+        """After the weights were taken back to those of an earlier checkpoint."""
+        if self._events is not None:
+            self._events.write(
+                "rewound",
+                step=self._state.step,
+                to_step=to_step,
+                rewinds=self._state.guard.rewinds,
+            )
+        if self._metrics is not None:
+            self._metrics.rewinds.inc()
+
+    def handed_over(self) -> None:
+        """After the checkpoint with which this group of ranks leaves."""
+        if self._events is not None:
+            self._events.write("handed_over", step=self._state.step)
+
+    def saved(self, saved: Saved, stall_s: float) -> None:
+        """After a checkpoint was committed; training stood still ``stall_s`` seconds for it."""
         if self._events is not None:
             self._events.write(
                 "checkpoint",
-                step=self._state.step,
-                bytes=size_bytes,
-                seconds=round(seconds, 3),
-                best=self._state.best_step == self._state.step,
+                step=saved.step,
+                bytes=saved.bytes,
+                seconds=round(saved.seconds, 3),
+                stall_seconds=round(stall_s, 4),
+                best=self._state.best_step == saved.step,
             )
         if self._metrics is not None:
             self._metrics.last_checkpoint_time.set_to_current_time()
+            self._metrics.checkpoint_seconds.observe(saved.seconds)
+            self._metrics.checkpoint_stall_seconds.inc(stall_s)
+
+    def save_failed(self, step: int, why: str, wait_s: float) -> None:
+        """After a checkpoint could not be written; it is tried again in ``wait_s`` seconds."""
+        if self._events is not None:
+            self._events.write("save_failed", step=step, error=why, retry_seconds=round(wait_s, 1))
+        if self._metrics is not None:
+            self._metrics.checkpoint_failures.inc()
 
     def finished(self, reason: str) -> None:
         """At the end of this attempt."""

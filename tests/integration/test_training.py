@@ -12,8 +12,8 @@ import pytest
 from data_shards.manifest import Manifest
 from data_shards.shards import prepare
 from tests.ranks import Job, run_ranks
-from trainer import checkpoint
-from trainer.config import RunConfig, parse_config
+from trainer.checkpoint import Checkpoints
+from trainer.config import RecoveryConfig, RunConfig, parse_config
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 def make_config(data_root: Path, **trainer: Any) -> RunConfig:
     model = trainer.pop("model", {})
     data = trainer.pop("data", {})
+    recovery = trainer.pop("recovery", {})
     return parse_config(
         {
             "model": {
@@ -54,6 +55,7 @@ def make_config(data_root: Path, **trainer: Any) -> RunConfig:
                 "threads": 1,
                 **trainer,
             },
+            "recovery": recovery,
         },
         where="test",
     )
@@ -69,6 +71,10 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def events(run_dir: Path, kind: str = "step") -> list[dict[str, Any]]:
     lines = (run_dir / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def checkpoints(run_dir: Path) -> Checkpoints:
+    return Checkpoints.of(run_dir, RecoveryConfig())
 
 
 def numbers(run_dir: Path, start: int = 1) -> list[tuple[Any, ...]]:
@@ -148,20 +154,49 @@ def test_bf16_learns_at_every_stage_and_weights_are_saved_in_full(
     for job in jobs:
         losses = [event["loss"] for event in events(job.run_dir)]
         assert losses[-1] < 0.85 * losses[0]
-        weights = load_file(checkpoint.checkpoint_folder(job.run_dir, 60) / checkpoint.WEIGHTS)
+        weights = load_file(checkpoints(job.run_dir).weights(60))
         # Masters, not their rounded copies: some value is not representable in bfloat16.
         assert any((value != value.bfloat16().float()).any() for value in weights.values())
         assert losses[-1] == pytest.approx(events(jobs[0].run_dir)[-1]["loss"], rel=0.02)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(data_root: Path, tmp_path: Path) -> None:
+def test_numbers_gone_wrong_end_the_run_where_there_is_nothing_to_go_back_to(
+    data_root: Path, tmp_path: Path
+) -> None:
     good = make_config(data_root, max_steps=5, checkpoint_every=5)
-    bad = make_config(data_root, max_steps=30, checkpoint_every=5, peak_learning_rate=1e30)
+    bad = make_config(
+        data_root,
+        max_steps=40,
+        checkpoint_every=1,
+        peak_learning_rate=1e30,
+        recovery={"max_skipped": 3, "then": "stop"},
+    )
     outcomes = run_ranks(2, [Job(good, tmp_path / "run"), Job(bad, tmp_path / "run", resume=True)])
     assert outcomes[0] == "max_steps"
-    assert outcomes[1].startswith("RunFailedError: the loss of step")
-    assert "no update was made" in outcomes[1]
-    assert checkpoint.problems(checkpoint.checkpoint_folder(tmp_path / "run", 5)) == []
+    assert outcomes[1].startswith("RunFailedError: 3 steps in a row")
+    assert "No update was made with them" in outcomes[1]
+    skipped = events(tmp_path / "run", "skipped")
+    assert [event["step"] for event in skipped] == list(
+        range(skipped[0]["step"], skipped[0]["step"] + 3)
+    )
+    assert {event["reason"] for event in skipped} <= {"loss_not_finite", "gradient_not_finite"}
+    assert all(sum(map(len, event["pairs"].values())) > 0 for event in skipped)
+
+
+def test_one_run_at_2_1_3_and_2_workers_is_the_run_at_2(data_root: Path, tmp_path: Path) -> None:
+    """Also across ZeRO stages: the checkpoint knows neither."""
+    whole = make_config(data_root, max_steps=60)
+    run_ranks(2, [Job(whole, tmp_path / "whole")])
+    for workers, end, stage in ((2, 15, 1), (1, 30, 2), (3, 45, 3), (2, 60, 0)):
+        part = make_config(data_root, max_steps=end, zero_stage=stage)
+        assert run_ranks(workers, [Job(part, tmp_path / "parts", resume=True)]) == ["max_steps"]
+    one, other = events(tmp_path / "whole"), events(tmp_path / "parts")
+    assert [event["step"] for event in other] == list(range(1, 61))
+    assert [event["world_size"] for event in other][::15] == [2, 1, 3, 2]
+    assert [event["loss"] for event in other] == pytest.approx(
+        [event["loss"] for event in one], rel=1e-4
+    )
+    assert [event["data_hash"] for event in other] == [event["data_hash"] for event in one]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
@@ -171,9 +206,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
     run_dir = tmp_path / "run"
     run_ranks(2, [Job(config, run_dir)])
     # Two newest and, when it is another one, the best are kept; the last step validates.
-    assert [step for step, _ in checkpoint.committed(run_dir)] == [4, 6]
-    newest = checkpoint.checkpoint_folder(run_dir, 6)
-    weights = newest / checkpoint.WEIGHTS
+    steps = checkpoints(run_dir).committed()
+    assert steps[-1] == 6
+    assert len(steps) == 2
+    weights = checkpoints(run_dir).weights(6)
     weights.write_bytes(weights.read_bytes()[:-7])
     further = make_config(data_root, max_steps=8, checkpoint_every=2)
     other = make_config(data_root, max_steps=8, model={"d_ff": 128})
@@ -182,19 +218,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
         2, [Job(further, run_dir, resume=True), Job(other, tmp_path / "other", resume=True)]
     )
     assert outcomes[0] == "max_steps"
-    assert events(run_dir, "resumed")[0]["step"] == 4
+    [resumed] = events(run_dir, "resumed")
+    assert resumed["step"] == steps[0]
+    assert "model.safetensors" in resumed["passed_over"]["6"][0]
     assert "model.d_ff was 64, is 128" in outcomes[1]
     assert "start a run under another name" in outcomes[1]
-
-
-def test_another_number_of_workers_is_refused_where_it_cannot_be_read(
-    data_root: Path, tmp_path: Path
-) -> None:
-    config = make_config(data_root, max_steps=2)
-    run_ranks(2, [Job(config, tmp_path / "run")])
-    further = make_config(data_root, max_steps=4)
-    [outcome] = run_ranks(1, [Job(further, tmp_path / "run", resume=True)])
-    assert "resume with --workers 2" in outcome
 
 
 def test_early_stopping_and_the_clock_end_a_run_alike_on_all_ranks(
