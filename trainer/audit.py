@@ -25,8 +25,9 @@ from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan, data_hash
 from data_shards.randomness import MASK, Int64
-from trainer.checkpoint import STATE
-from trainer.run import committed_checkpoints, read_config, read_events
+from trainer.checkpoint import STATE, Checkpoints
+from trainer.run import read_config, read_events
+from trainer.storage import StorageError
 
 _PROGRESS_EVERY_S = 5.0
 
@@ -47,8 +48,8 @@ class Difference:
     Attributes:
         first_step, step: the steps since the record before: the data in question.
         expected, found: the rolling hash after ``step``.
-        only_record: a later record agrees with the plan, so the data was right all the same, and
-            only this record is wrong.
+        only_record: another record of this step or a later one agrees with the plan, so the data
+            was right all the same, and only this record is wrong.
     """
 
     first_step: int
@@ -60,7 +61,7 @@ class Difference:
 
     def __str__(self) -> str:
         meaning = (
-            "later records agree with the plan, so this record was altered and not the data"
+            "records from then on agree with the plan, so this one was altered and not the data"
             if self.only_record
             else f"the data of steps {self.first_step} to {self.step} was not that of the plan"
         )
@@ -166,7 +167,7 @@ def audit(run_dir: Path, *, progress: Callable[[str], None] | None = None) -> Au
     manifest = Manifest.load(config.data.folder())
     plan = Plan.of(manifest, config.data, config.trainer.seed)
     events = read_events(run_dir)
-    states, problems = _checkpoint_states(run_dir)
+    states, problems = _checkpoint_states(Checkpoints.of(run_dir, config.recovery))
     for where, state in states:
         _check_plan(where, state, plan, manifest)
     noted = [(f"events.jsonl ({event['event']})", event) for event in events]
@@ -199,25 +200,29 @@ def audit(run_dir: Path, *, progress: Callable[[str], None] | None = None) -> Au
         skipped=tuple(skipped),
         rewound=tuple(rewound),
         differences=tuple(differences),
-        problems=(*problems, *uneven, *unlisted),
+        problems=(*problems, *uneven, *unlisted, *_miscounted(states, skipped, rewound)),
     )
 
 
 # What the run recorded.
 
 
-def _checkpoint_states(run_dir: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+def _checkpoint_states(
+    checkpoints: Checkpoints,
+) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
     """Every checkpoint's state with the file's name, and what cannot be read."""
     states, problems = [], []
-    for step, folder in committed_checkpoints(run_dir):
-        where = str((folder / STATE).relative_to(run_dir))
+    for step in checkpoints.committed():
+        where = f"{checkpoints.folder(step)}/{STATE}"
         try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if state["step"] != step or "data_hash" not in state:
-                problems.append(f"{where} is not the state of step {step} with its data_hash")
-            states.append((where, state))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{where} cannot be read: {error!r}")
+            state = json.loads(checkpoints.storage.read(where))
+        except (StorageError, ValueError) as error:
+            problems.append(f"{where} cannot be read: {error}")
+            continue
+        if not isinstance(state, dict) or state.get("step") != step or "data_hash" not in state:
+            problems.append(f"{where} is not the state of step {step} with its data_hash")
+            continue
+        states.append((where, state))
     return states, problems
 
 
@@ -238,7 +243,7 @@ def _records(sources: Iterable[tuple[str, dict[str, Any]]]) -> list[Record]:
     records = [
         Record(values["step"], str(values["data_hash"]), where)
         for where, values in sources
-        if "data_hash" in values and isinstance(values.get("step"), int) and values["step"] >= 0
+        if "data_hash" in values and isinstance(values.get("step"), int)
     ]
     return sorted(records, key=lambda record: record.step)
 
@@ -267,6 +272,28 @@ def _rewound(events: list[dict[str, Any]], num_pairs: Int64) -> list[Rewound]:
         for event in _of_kind("rewound", events, len(num_pairs))
         for step, to_step in [(event["step"], event["to_step"])]
     ]
+
+
+def _miscounted(
+    states: list[tuple[str, dict[str, Any]]],
+    skipped: list[Skipped],
+    rewound: list[Rewound],
+) -> list[str]:
+    """Checkpoints that count other numbers of skips and rewinds than the log lists.
+
+    Only where they agree is it certain that every other pair was trained on.
+    """
+    problems = []
+    for where, state in states:
+        counts = state.get("guard", {})
+        for name, listed in (("skipped", skipped), ("rewinds", rewound)):
+            known = sum(one.step <= state["step"] for one in listed)
+            if counts.get(name, known) != known:
+                problems.append(
+                    f"{where} counts {counts[name]} {name}, events.jsonl lists {known} up to "
+                    f"step {state['step']}"
+                )
+    return problems
 
 
 def _of_kind(kind: str, events: list[dict[str, Any]], steps: int) -> Iterator[dict[str, Any]]:
@@ -325,14 +352,17 @@ def _compare(records: list[Record], rolling: list[int]) -> list[Difference]:
     agrees = [record.step for record, amount in zip(records, off, strict=True) if amount == 0]
     last_agreeing = max(agrees, default=0)
     differences: list[Difference] = []
-    before: int = 0
-    current: int | None = 0
+    before, current = 0, 0
     for step, group in groupby(zip(records, off, strict=True), key=lambda pair: pair[0].step):
-        amounts = []
+        known = {0, current}
+        found = set()
         for record, amount in group:
-            amounts.append(amount)
-            if amount is not None and amount in (0, current):
+            found.add(amount)
+            if amount in known:
                 continue
+            if amount is not None:
+                known.add(amount)
+                current = amount
             differences.append(
                 Difference(
                     first_step=before + 1,
@@ -343,7 +373,7 @@ def _compare(records: list[Record], rolling: list[int]) -> list[Difference]:
                     only_record=step <= last_agreeing,
                 )
             )
-        before, current = step, 0 if 0 in amounts else amounts[-1]
+        before, current = step, 0 if 0 in found else current
     return differences
 
 
