@@ -154,10 +154,10 @@ def fp16_scale(rank: int, world_size: int, stage: int) -> list[StepResult]:
     # At the smallest scale an overflow is the gradient's own fault, and still no exception.
     lowest = {"cur_scale": 0.25 if stage == 0 else 1.0, "cur_hysteresis": 1}
     restore(engine, middle, {"updates": 2, "loss_scale": scalars["loss_scale"] | lowest})
-    results.append(overflow())
-    assert not results[-1].overflow
-    assert not math.isfinite(results[-1].grad_norm)
-    return results
+    last = overflow()
+    assert not last.overflow
+    assert not math.isfinite(last.grad_norm)
+    return [*results, last]
 
 
 def assert_alike(results_by_rank: list[list[StepResult]]) -> None:
