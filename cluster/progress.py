@@ -57,6 +57,10 @@ class Narrator:
             "step": self._step,
             "validated": self._validated,
             "checkpoint": self._checkpoint,
+            "save_failed": self._save_failed,
+            "skipped": self._skipped,
+            "rewound": self._rewound,
+            "handed_over": self._handed_over,
             "worker_failed": self._worker_failed,
             "finished": self._finished,
         }
@@ -66,7 +70,11 @@ class Narrator:
         teller = self._tellers.get(str(event.get("event")))
         if teller is None:
             return None
-        if isinstance(event.get("step"), int):
+        # A checkpoint is told of when it is committed, steps after the one that it holds.
+        if isinstance(event.get("step"), int) and event["event"] not in {
+            "checkpoint",
+            "save_failed",
+        }:
             self.last_step = event["step"]
         return teller(event)
 
@@ -104,7 +112,33 @@ class Narrator:
 
     def _resumed(self, event: dict[str, Any]) -> str:
         self._previous = None
-        return f"resumed from step {event.get('step')}"
+        passed_over = "".join(
+            f"passed over the checkpoint of step {step}: {'; '.join(why)}\n"
+            for step, why in event.get("passed_over", {}).items()
+        )
+        return f"{passed_over}resumed from step {event.get('step')}"
+
+    def _save_failed(self, event: dict[str, Any]) -> str:
+        return (
+            f"step {event['step']:>6}  checkpoint NOT saved: {event.get('error')}; "
+            f"trying again in {_number(event.get('retry_seconds'), '.0f')} s"
+        )
+
+    def _skipped(self, event: dict[str, Any]) -> str:
+        return (
+            f"step {event['step']:>6}  not trained on: {str(event.get('reason')).replace('_', ' ')}"
+            f" (loss {_number(event.get('loss'), '.4f')}, gradient norm "
+            f"{_number(event.get('grad_norm'), '.3g')})"
+        )
+
+    def _rewound(self, event: dict[str, Any]) -> str:
+        return (
+            f"step {event['step']:>6}  back to the weights of step {event.get('to_step')}; "
+            "the data goes on from here"
+        )
+
+    def _handed_over(self, event: dict[str, Any]) -> str:
+        return f"step {event['step']:>6}  saved, to go on with other workers"
 
     def _worker_failed(self, event: dict[str, Any]) -> str | None:
         if event.get("final"):

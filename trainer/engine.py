@@ -11,13 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from data_shards.errors import RunFailedError, UserError
+from data_shards.errors import UserError
 from trainer.config import TrainerConfig
 
 
@@ -419,47 +418,3 @@ class Engine:
         if self._config.precision == "fp16":
             for name in state.keys() & self._scaler_state().keys():
                 setattr(self._scaler(), name, state[name])
-
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the model's and the optimizer's state (a collective)."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, at the same number of ranks (a collective).
-
-        DeepSpeed unpickles: only ever give it files that a run of ours wrote and that verified.
-        """
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise RunFailedError(f"DeepSpeed found no checkpoint in {folder}")
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """All weights in float32 by name: a collective; filled on rank 0, empty elsewhere.
-
-        With mixed precision they are the optimizer's masters, not their rounded copies.
-        """
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        rank = torch.distributed.get_rank()
-        weights: dict[str, Tensor] = {}
-        for name, parameter in self._engine.module.named_parameters():
-            if self._config.zero_stage == 0:
-                full = _stage0_master(self._optimizer, parameter)
-            else:
-                full = safe_get_full_fp32_param(parameter)
-            if rank == 0:
-                weights[name] = full.detach().to("cpu", torch.float32, copy=True)
-        return weights
-
-
-def _stage0_master(optimizer: Any, parameter: Tensor) -> Tensor:
-    """The fp32 master of a half-precision parameter under stage 0's optimizers, else itself."""
-    halves = getattr(optimizer, "fp16_groups", None)
-    masters = getattr(optimizer, "fp32_groups", None)
-    if halves is None or masters is None:
-        return parameter
-    for half_group, master_group in zip(halves, masters, strict=True):
-        for half, master in zip(half_group, master_group, strict=True):
-            if half is parameter:
-                return cast(Tensor, master)
-    return parameter

@@ -137,7 +137,6 @@ def test_resume_may_change_when_to_look_and_to_stop(tmp_path: Path, setting: str
         ("data.vocabulary_size=300", "data.vocabulary_size"),
         ("trainer.seed=2", "trainer.seed"),
         ("trainer.precision=fp32", "trainer.precision"),
-        ("trainer.zero_stage=2", "trainer.zero_stage"),
         ("trainer.peak_learning_rate=0.5", "trainer.peak_learning_rate"),
     ],
 )
