@@ -7,6 +7,7 @@ import os
 import queue
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Job:
     config: RunConfig
     run_dir: Path
     resume: bool = False
+    train: Callable[..., str] | None = None  # in place of trainer.loop.train
 
 
 def run_ranks(world_size: int, jobs: list[Job]) -> list[str]:
@@ -66,16 +68,17 @@ def _rank(rank: int, world_size: int, port: int, jobs: list[Job], results: Any) 
     import torch
 
     from data_shards.errors import UserError
+    from trainer.control import Handover
     from trainer.loop import train
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     for job in jobs:
         try:
-            outcome = train(
+            outcome = (job.train or train)(
                 job.config, job.run_dir, rank=rank, world_size=world_size, resume=job.resume
             )
-        except UserError as error:
+        except (UserError, Handover) as error:
             outcome = f"{type(error).__name__}: {error}"
         except Exception:
             outcome = "crash: " + traceback.format_exc()

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from data_shards.manifest import Manifest
+from data_shards.plan import Plan
 from data_shards.shards import prepare
 from tests.ranks import Job, run_ranks
 from trainer.checkpoint import Checkpoints
 from trainer.config import RecoveryConfig, RunConfig, parse_config
+from trainer.control import HELD_FILE, HOLD_FILE
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -223,6 +225,93 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
     assert "model.safetensors" in resumed["passed_over"]["6"][0]
     assert "model.d_ff was 64, is 128" in outcomes[1]
     assert "start a run under another name" in outcomes[1]
+
+
+def poisoned(config: RunConfig, run_dir: Path, **place: Any) -> str:
+    """Trains; rank 1's losses of some steps are not numbers, as those in ``poison.json`` say."""
+    from trainer.loop import Rank, train
+
+    steps = json.loads((run_dir.parent / "poison.json").read_text())
+    accumulate, loss_of = Rank._accumulate, Rank._loss
+
+    def note_step(self: Rank, batches: Any, clock_offset_s: float) -> Any:
+        self.poisoned = place["rank"] == 1 and batches.step + 1 in steps  # type: ignore[attr-defined]
+        return accumulate(self, batches, clock_offset_s)
+
+    def poison(self: Rank, *batch: Any) -> Any:
+        loss, nll = loss_of(self, *batch)
+        return (loss * float("nan"), nll) if getattr(self, "poisoned", False) else (loss, nll)
+
+    Rank._accumulate, Rank._loss = note_step, poison  # type: ignore[method-assign]
+    try:
+        return train(config, run_dir, **place)
+    finally:
+        Rank._accumulate, Rank._loss = accumulate, loss_of  # type: ignore[method-assign]
+
+
+def test_a_poisoned_step_is_skipped_on_all_ranks_and_a_series_leads_back(
+    data_root: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        data_root, max_steps=24, checkpoint_every=4, validate_every=100, recovery={"max_skipped": 3}
+    )
+    (tmp_path / "poison.json").write_text(json.dumps([6, 14, 15, 16]))
+    run_dir = tmp_path / "run"
+    assert run_ranks(2, [Job(config, run_dir, train=poisoned)]) == ["max_steps"]
+    skipped = events(run_dir, "skipped")
+    assert [event["step"] for event in skipped] == [6, 14, 15, 16]
+    assert {event["reason"] for event in skipped} == {"loss_not_finite"}
+    plan = Plan.of(Manifest.load(config.data.folder()), config.data, config.trainer.seed)
+    for event in skipped:
+        assert event["lanes"] == [1, 3]  # rank 1's
+        batches = plan.step(event["step"] - 1)
+        assert event["pairs"] == {str(b.lane): b.pair_ids.tolist() for b in batches}
+    [rewound] = events(run_dir, "rewound")
+    assert (rewound["step"], rewound["to_step"]) == (16, 12)
+    trained = events(run_dir)
+    assert [event["step"] for event in trained] == [
+        step for step in range(1, 25) if step not in {6, 14, 15, 16}
+    ]
+    assert all(event["loss"] is not None for event in trained)
+    # The weights are those of step 12, the data goes on: with the run's own rate, the loss is as
+    # near to that of step 13 as two batches are to one another.
+    by_step = {event["step"]: event["loss"] for event in trained}
+    assert by_step[17] == pytest.approx(by_step[13], rel=0.05)
+    # What was skipped is in the hash, and in the checkpoint that a resume starts from.
+    assert trained[-1]["data_hash"] == f"{sum(map(plan.data_hash, range(24))) % 2**64:016x}"
+    with checkpoints(run_dir).open(24) as reader:
+        assert reader.state["guard"]["skipped"] == 4
+        assert reader.state["guard"]["rewinds"] == 1
+
+
+def held_at_7(config: RunConfig, run_dir: Path, **place: Any) -> str:
+    """Trains; somebody asks for a handover while step 7 is made."""
+    from trainer.loop import Rank, train
+
+    accumulate = Rank._accumulate
+
+    def ask(self: Rank, batches: Any, clock_offset_s: float) -> Any:
+        if batches.step + 1 == 7 and place["rank"] == 0:
+            (run_dir / HOLD_FILE).touch()
+        return accumulate(self, batches, clock_offset_s)
+
+    Rank._accumulate = ask  # type: ignore[method-assign]
+    try:
+        return train(config, run_dir, **place)
+    finally:
+        Rank._accumulate = accumulate  # type: ignore[method-assign]
+
+
+def test_a_handover_saves_the_very_step_and_loses_none(data_root: Path, tmp_path: Path) -> None:
+    config = make_config(data_root, max_steps=12)
+    run_dir = tmp_path / "run"
+    [outcome] = run_ranks(2, [Job(config, run_dir, train=held_at_7)])
+    assert outcome.startswith("Handover: saved at step 7")
+    assert json.loads((run_dir / HELD_FILE).read_text()) == {"step": 7}
+    assert checkpoints(run_dir).committed() == [7]
+    assert run_ranks(1, [Job(config, run_dir, resume=True)]) == ["max_steps"]
+    assert [event["step"] for event in events(run_dir)] == list(range(1, 13))
+    assert not (run_dir / HOLD_FILE).exists()
 
 
 def test_early_stopping_and_the_clock_end_a_run_alike_on_all_ranks(
