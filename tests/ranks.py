@@ -36,7 +36,7 @@ def run_ranks(world_size: int, jobs: list[Job]) -> list[str]:
     # The imports cost seconds a process: they are paid once, in the server that forks the ranks.
     context.set_forkserver_preload(["tests.ranks_preload"])
     results: Any = context.Queue()
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, port, jobs, results), daemon=True)
         for rank in range(world_size)
@@ -89,7 +89,7 @@ def _rank(rank: int, world_size: int, port: int, jobs: list[Job], results: Any) 
     torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -171,7 +171,7 @@ def test_too_many_failures_in_a_row_end_the_run_on_all_ranks(
     while len(group.begun()) == 1:
         group.advance()
     group.savers[0].end("no space left on device")
-    with pytest.raises(RunFailedError, match="2 checkpoints in a row.*no space left"):
+    with pytest.raises(RunFailedError, match=r"2 checkpoints in a row.*no space left"):
         group.advance()
 
 

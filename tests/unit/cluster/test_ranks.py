@@ -1,0 +1,118 @@
+"""The server of a machine's ranks, without Ray: what its processes do, and how they end."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.failures import RankDiedError
+from cluster.ranks import Place, RankServer, Task
+from data_shards.errors import DataError
+from tests.ranks import free_port
+from trainer.config import RunConfig
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def train(config: RunConfig, run_dir: Path, *, rank: int, world_size: int, **_: Any) -> str:
+    """Does what the run's name says."""
+    import torch.distributed
+
+    assert torch.distributed.get_world_size() == world_size == 1
+    (run_dir / "pid").write_text(str(os.getpid()))
+    match run_dir.name:
+        case "returns":
+            return f"rank {rank} with {os.environ['BABELRAY_TEST']}"
+        case "raises":
+            raise DataError("shard 3 is cut short")
+        case "foreign":
+            raise Unpicklable("it broke", open(os.devnull))  # noqa: SIM115
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "sleeps":
+            time.sleep(100)
+    raise AssertionError
+
+
+class Unpicklable(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RankServer]:
+    main = vars(sys.modules["__main__"])
+    file = main.get("__file__")
+    yield RankServer(warm=False)  # a warm one is what tests/integration/test_cluster.py trains with
+    if file is not None:
+        main["__file__"] = file
+
+
+def run(server: RankServer, run_dir: Path, supervisor_pid: int | None = None) -> object:
+    run_dir.mkdir()
+    environment = {
+        **os.environ,
+        "BABELRAY_TEST": "its supervisor's environment",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    task = pickle.dumps(Task(RunConfig(), run_dir, 1, time.time(), train))
+    return server.run(task, Place(0, 1, 0), environment, supervisor_pid or os.getpid())
+
+
+def test_a_rank_returns_what_its_training_returns_and_keeps_a_log(
+    server: RankServer, tmp_path: Path
+) -> None:
+    assert run(server, tmp_path / "returns") == "rank 0 with its supervisor's environment"
+    log = (tmp_path / "returns/logs/rank-000.log").read_text()
+    assert f"rank 0 of 1, process {(tmp_path / 'returns/pid').read_text()}" in log
+
+
+def test_a_rank_raises_what_its_training_raises(server: RankServer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="^shard 3 is cut short$"):
+        run(server, tmp_path / "raises")
+    assert "Traceback" in (tmp_path / "raises/logs/rank-000.log").read_text()
+    with pytest.raises(RuntimeError, match="Unpicklable: .*it broke"):
+        run(server, tmp_path / "foreign")
+
+
+def test_a_rank_that_is_killed_is_told_with_its_signal(server: RankServer, tmp_path: Path) -> None:
+    with pytest.raises(RankDiedError) as caught:
+        run(server, tmp_path / "killed")
+    assert caught.value.exit_code == -signal.SIGKILL
+    assert "rank 0 ended (by SIGKILL)" in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_rank_ends_with_its_supervisor(server: RankServer, tmp_path: Path) -> None:
+    supervisor = subprocess.Popen(["sleep", "100"])
+    errors: list[BaseException] = []
+
+    def wait_for_it() -> None:
+        try:
+            run(server, tmp_path / "sleeps", supervisor.pid)
+        except RankDiedError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait_for_it)
+    waiting.start()
+    pid_file = tmp_path / "sleeps/pid"
+    while not (pid_file.exists() and pid_file.read_text()):
+        time.sleep(0.05)
+    rank = psutil.Process(int(pid_file.read_text()))
+    supervisor.kill()
+    supervisor.wait()
+    waiting.join(timeout=10)
+    assert len(errors) == 1
+    assert not rank.is_running()
