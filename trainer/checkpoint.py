@@ -248,6 +248,11 @@ class Checkpoints:
             tag: files with this in their names stay: ranks may be writing them at this moment.
             step: the checkpoint that is being written: its folder stays, even if it is empty.
         """
+        for file in (BEST, _ATTEMPT):
+            folder, _, name = file.rpartition("/")
+            for draft in self.storage.names(folder):
+                if draft.startswith(f".{name}."):
+                    self.storage.remove(file.removesuffix(name) + draft)
         for other in self._steps():
             folder = self.folder(other)
             names = self.storage.names(folder)
@@ -397,13 +402,15 @@ class Reader:
             start, length: in elements of the flattened parameter.
 
         Raises:
-            RunFailedError: the checkpoint does not hold that.
+            RunFailedError: the checkpoint does not hold that, or cannot be read.
         """
         try:
             if kind == WEIGHT:
                 return self._weight(name, start, length)
             return self._moment(kind, name, start, length)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise StorageError.of("read", self._checkpoints.where(self._step), error) from error
+        except SafetensorError as error:
             raise RunFailedError(
                 f"{self._checkpoints.where(self._step)} holds no {kind} of {name} "
                 f"[{start}:{start + length}] ({error}): it was written by another model"
