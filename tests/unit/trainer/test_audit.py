@@ -132,6 +132,20 @@ def test_the_last_record_is_told_from_the_data_only_by_another_of_its_step(
     assert (difference.step, difference.only_record) == (run.steps, logged)
 
 
+def test_checkpoints_in_another_storage_are_read_there(record: Record, tmp_path: Path) -> None:
+    run = record()
+    config = json.loads((run.run_dir / "config.json").read_text())
+    config["recovery"]["storage"] = str(tmp_path / "bucket")
+    (run.run_dir / "config.json").write_text(json.dumps(config))
+    published = tmp_path / "bucket" / run.run_dir.name
+    published.mkdir(parents=True)
+    (run.run_dir / "checkpoints").rename(published / "checkpoints")
+    assert audit(run.run_dir).exact
+    (published / "checkpoints" / "step-00000040" / "state.json").write_text("{")
+    [problem] = audit(run.run_dir).problems
+    assert "step-00000040" in problem
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": 20}', '{"step": 2, "data_hash": "0"}'])
 def test_a_checkpoint_that_cannot_be_read_is_named(record: Record, content: str) -> None:
     run = record()
