@@ -170,9 +170,12 @@ def test_at_the_commit_all_the_rest_is_on_the_disk(
 def test_death_at_any_moment_leaves_a_whole_checkpoint(
     world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every system call of a save, in turn, is the last one of all ranks."""
+    """Every system call of a save, in turn, is the last one of all ranks.
+
+    With two ranks every third: their threads interleave, so that k is another moment each time.
+    """
     outcomes = []
-    for at in range(1, 1000):
+    for at in range(1, 1000, 1 if world_size == 1 else 3):
         run = tmp_path / f"{at}"
         checkpoints = open_storage(run, tmp_path / "cache")
         group = Group(checkpoints, world_size, keep=1)
@@ -199,7 +202,7 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(
         assert_holds(checkpoints, 3, group.engines[0])
         left = {path.name for path in run.rglob("*") if path.is_file()}
         assert left == {*files(checkpoints, 3), "attempt.json", "best.json"}
-    assert len(outcomes) > 30
+    assert len(outcomes) > 20
     assert set(outcomes) == {1, 2}
 
 
@@ -315,7 +318,7 @@ def test_what_fails_after_the_commit_is_only_told(
 
     with watched(monkeypatch, fail):
         group.save(2)
-    assert "after the checkpoint of step 2 was committed" in caplog.text
+    assert "step 2 is committed, but: cannot remove" in caplog.text
     assert checkpoints.committed() == [1, 2]
     group.save(3)
     assert checkpoints.committed() == [3]
