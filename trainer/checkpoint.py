@@ -21,30 +21,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Collection
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import Any
-
-import torch
-import torch.distributed
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from data_shards.errors import RunFailedError, UserError
 from data_shards.manifest import file_sha256
 from trainer.config import RecoveryConfig
-from trainer.parts import WEIGHT, key_of
+from trainer.parts import WEIGHTS
+from trainer.reader import Reader
 from trainer.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
 
 COMMIT = "COMMIT"
-WEIGHTS = "model.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -185,7 +178,13 @@ class Checkpoints:
 
     def open(self, step: int) -> Reader:
         """A checkpoint's state and tensors; it should have verified (``find_trusted``)."""
-        return Reader(self, step)
+        try:
+            state = json.loads(self.local(step, STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StorageError.of("read", f"{self.where(step)}/{STATE}", error) from error
+        return Reader(
+            self.where(step), state, self.manifest(step)["files"], partial(self.local, step)
+        )
 
     def weights(self, step: int) -> Path:
         """The weights as a local file."""
@@ -374,93 +373,6 @@ class Checkpoints:
         for folder in self._cache.glob("step-*"):
             if folder.name.split("-")[1] not in steps:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-class Reader:
-    """One checkpoint, open for reading; a context manager.
-
-    ``state`` is what ``state.json`` holds.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, step: int) -> None:
-        self._checkpoints, self._step = checkpoints, step
-        self._files = ExitStack()
-        self._open: dict[str, Any] = {}
-        self._fragments: dict[str, list[tuple[int, int, str]]] = {}
-        for file, entry in checkpoints.manifest(step)["files"].items():
-            for name, start, length in entry.get("fragments", ()):
-                self._fragments.setdefault(name, []).append((start, length, file))
-        content = checkpoints.local(step, STATE).read_text(encoding="utf-8")
-        self.state: dict[str, Any] = json.loads(content)
-
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """A part of one flat parameter: ``[length]`` float32 on the CPU.
-
-        Args:
-            kind: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
-            name: the parameter's name in the module.
-            start, length: in elements of the flattened parameter.
-
-        Raises:
-            RunFailedError: the checkpoint does not hold that, or cannot be read.
-        """
-        try:
-            if kind == WEIGHT:
-                return self._weight(name, start, length)
-            return self._moment(kind, name, start, length)
-        except OSError as error:
-            raise StorageError.of("read", self._checkpoints.where(self._step), error) from error
-        except SafetensorError as error:
-            raise RunFailedError(
-                f"{self._checkpoints.where(self._step)} holds no {kind} of {name} "
-                f"[{start}:{start + length}] ({error}): it was written by another model"
-            ) from None
-
-    def _weight(self, name: str, start: int, length: int) -> Tensor:
-        whole = self._file(WEIGHTS).get_slice(name)
-        shape = whole.get_shape()
-        row = math.prod(shape[1:])
-        end = start + length
-        if end > math.prod(shape):
-            raise SafetensorError(f"its shape is {shape}")
-        if not shape or not length:
-            tensor: Tensor = self._file(WEIGHTS).get_tensor(name)
-            return tensor.reshape(-1)[start:end]
-        first, last = start // row, -(-end // row)
-        rows: Tensor = whole[first:last]
-        return rows.reshape(-1)[start - first * row : end - first * row]
-
-    def _moment(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        found, position, end = [], start, start + length
-        for begin, size, file in sorted(self._fragments.get(name, ())):
-            if begin <= position < begin + size and position < end:
-                stop = min(begin + size, end)
-                part = self._file(file).get_slice(key_of(kind, name, begin))
-                found.append(part[position - begin : stop - begin])
-                position = stop
-        if position != end:
-            raise SafetensorError(f"nothing from element {position} on")
-        if not found:
-            return torch.empty(0)
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            file = self._checkpoints.local(self._step, name)
-            self._open[name] = self._files.enter_context(safe_open(file, framework="pt"))
-        return self._open[name]
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.clear()
-        self._files.close()
 
 
 def check_settings(where: str | Path, written: dict[str, Any], now: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from trainer.storage import PIECE_BYTES
 
 ITEM_BYTES = 4  # float32
 
+WEIGHTS = "model.safetensors"
+
 # The kinds of tensors of a parameter: its float32 master and Adam's two moments.
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")

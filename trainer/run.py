@@ -28,8 +28,9 @@ from data_shards.manifest import Manifest
 from data_shards.vocabulary import Vocabulary
 from model.transformer import Transformer, build
 from trainer.average import average_weights
-from trainer.checkpoint import STATE, WEIGHTS, Checkpoints
+from trainer.checkpoint import STATE, Checkpoints
 from trainer.config import RunConfig, parse_config
+from trainer.parts import WEIGHTS
 from trainer.storage import StorageError
 
 # How many checkpoints "average" takes (the paper's number for the base models).

@@ -10,9 +10,9 @@ import torch
 
 from data_shards.errors import RunFailedError, UserError
 from tests.saves import FakeEngine, Group, assert_holds, open_storage
-from trainer.checkpoint import COMMIT, MANIFEST, STATE, WEIGHTS, Checkpoints, check_settings
+from trainer.checkpoint import COMMIT, MANIFEST, STATE, Checkpoints, check_settings
 from trainer.config import RecoveryConfig
-from trainer.parts import MOMENTS
+from trainer.parts import MOMENTS, WEIGHTS
 from trainer.storage import StorageError
 
 
