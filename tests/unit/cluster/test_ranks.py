@@ -80,10 +80,10 @@ def test_a_rank_returns_what_its_training_returns_and_keeps_a_log(
 
 
 def test_a_rank_raises_what_its_training_raises(server: RankServer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="^shard 3 is cut short$"):
+    with pytest.raises(DataError, match=r"^shard 3 is cut short$"):
         run(server, tmp_path / "raises")
     assert "Traceback" in (tmp_path / "raises/logs/rank-000.log").read_text()
-    with pytest.raises(RuntimeError, match="Unpicklable: .*it broke"):
+    with pytest.raises(RuntimeError, match=r"Unpicklable: .*it broke"):
         run(server, tmp_path / "foreign")
 
 
