@@ -16,6 +16,9 @@ CHECKPOINT ?= best
 INPUT ?= -
 SET ?=
 PYTEST ?=
+SEED ?=
+FAULTS ?=
+WRITE ?=
 
 BIN := $(VENV)/bin
 BABELRAY := $(BIN)/babelray
@@ -37,6 +40,8 @@ help: ## Show this list
 	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
 	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  PYTHON=$(PYTHON)  VENV=$(VENV)"
 	@echo "  PYTEST='...' (arguments for pytest)"
+	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
+	@echo "  and whether the table goes into docs/reliability.md; see python -m tests.chaos --help)"
 
 .PHONY: setup
 setup: $(STAMP) ## Make the virtual environment .venv with exactly the locked versions
@@ -109,6 +114,10 @@ test: setup ## Run the tests (those marked slow aside)
 .PHONY: test-slow
 test-slow: setup ## Run the tests that take minutes each
 	@$(BIN)/pytest -m slow $(PYTEST)
+
+.PHONY: chaos
+chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FAULTS='...' WRITE=1)
+	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(WRITE),--write) $(FAULTS)
 
 .PHONY: bench
 bench: setup ## Measure speed against alternatives (half an hour); writes benchmarks/results

@@ -57,13 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help="by default all of: %(choices)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="Break real runs and measure what it cost; exit status 1 if more than allowed.",
+        epilog="faults:\n" + "\n".join(f"  {f.name:22} {f.title}" for f in FAULTS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help="of those below; default: all")
     parser.add_argument("--seed", type=int, help="decides the moments; by default a new one")
     parser.add_argument("--write", action="store_true", help=f"also put it into {_DOCUMENT.name}")
     parser.add_argument("--keep", action="store_true", help="leave the runs' folders, to look at")
-    parser.epilog = "Faults: " + ", ".join(FAULTS)
-    parser._actions[1].help = "by default all"
     given = parser.parse_args(arguments)
     unknown = [name for name in given.faults if name not in FAULTS]
     if unknown:

@@ -49,8 +49,9 @@ def main() -> int:
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-def _workers(text: str) -> int:
-    return int(text)
+def _workers(text: str) -> int | tuple[int, int]:
+    least, colon, most = text.partition(":")
+    return (int(least), int(most)) if colon else int(least)
 
 
 def _say(line: str) -> None:
