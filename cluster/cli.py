@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,23 @@ def _say(line: str) -> None:
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+def _workers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | tuple[int, int] | None:
+    """A number of workers, or the least and the most: ``2``, ``1:4``."""
+    if value is None:
+        return None
+    parts = value.split(":")
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]{1,6}", part) for part in parts):
+        raise click.BadParameter(f"{value!r}: give a number, such as 2, or bounds, such as 1:4")
+    least, most = int(parts[0]), int(parts[-1])
+    if least < 1:
+        raise click.BadParameter(f"{value!r}: at least 1 worker is needed")
+    if least > most:
+        raise click.BadParameter(f"{value!r}: the least comes first: {most}:{least}")
+    return (least, most) if len(parts) == 2 else most
 
 
 _config_option = click.option(
@@ -222,9 +240,10 @@ def data_audit(run: str, runs: Path, as_json: bool) -> None:
 @click.option("--name", metavar="RUN", help="Name of the run; by default the file's and the time.")
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes that train together; by default one a GPU, or one.",
+    callback=_workers,
+    metavar="N|MIN:MAX",
+    help="Processes that train together; by default one a GPU, or one. With MIN:MAX, as many as "
+    "there is room for: the run shrinks when a machine goes and grows when one comes.",
 )
 @click.option(
     "--resume",
@@ -248,7 +267,7 @@ def train(
     config_file: Path | None,
     settings: tuple[str, ...],
     name: str | None,
-    workers: int | None,
+    workers: int | tuple[int, int] | None,
     resume: bool,
     overwrite: bool,
     runs: Path,
@@ -265,6 +284,7 @@ def train(
     \b
     Examples:
       babelray train --config configs/tiny.yaml --name demo --workers 2
+      babelray train --config configs/base.yaml --name base --workers 1:4
       babelray train --config configs/tiny.yaml --set trainer.peak_learning_rate=2e-3
       babelray train --name demo --resume --set trainer.max_steps=2000
     """

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+from cluster.naming import logs_dir
 from data_shards.errors import UserError
 from trainer.watchdog import EXIT_HUNG
+
+logger = logging.getLogger(__name__)
+
+
+def failures_path(run_dir: Path) -> Path:
+    """One JSON object a line for each failure of the workers and what was done about it."""
+    return logs_dir(run_dir) / "failures.jsonl"
+
+
+def note(run_dir: Path, event: str, **fields: Any) -> None:
+    """Append an event to ``failures_path``; a disk that is full must not end the run."""
+    line = json.dumps({"event": event, **fields, "time": round(time.time(), 3)})
+    logger.warning("%s", line)
+    try:
+        with failures_path(run_dir).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+    except OSError as error:
+        logger.error("not noted in %s: %s", failures_path(run_dir), error)
 
 
 class RankDiedError(Exception):
@@ -18,6 +42,15 @@ class RankDiedError(Exception):
 
     def __str__(self) -> str:
         return f"the process {self.pid} of rank {self.rank} ended ({_how(self.exit_code)})"
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error: the run is to end
+    """The run is to stop, and no group is running that could: its last checkpoint is the end."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether a ``fit()`` that failed did so because the run was asked to stop."""
+    return any(isinstance(cause, StopRequested) for cause in _unwrap(error))
 
 
 def _how(exit_code: int) -> str:

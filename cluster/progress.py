@@ -51,6 +51,7 @@ class Narrator:
         self.last_step = 0
         self.reason: str | None = None
         self.valid_nll: float | None = None
+        self._failure: tuple[str | None, str | None] = None, None
         self._tellers: dict[str, Callable[[dict[str, Any]], str | None]] = {
             "started": self._started,
             "resumed": self._resumed,
@@ -62,6 +63,8 @@ class Narrator:
             "rewound": self._rewound,
             "handed_over": self._handed_over,
             "worker_failed": self._worker_failed,
+            "waiting": self._waiting,
+            "resized": self._resized,
             "finished": self._finished,
         }
 
@@ -143,7 +146,29 @@ class Narrator:
     def _worker_failed(self, event: dict[str, Any]) -> str | None:
         if event.get("final"):
             return None  # the error message that follows says it
-        return f"failed: {event['message']}; restarting from the last checkpoint"
+        message, cause = event.get("message"), event.get("cause")
+        if (message, cause) == self._failure and cause == "start":
+            return None  # tried again and again: once is enough
+        self._failure = message, cause
+        if cause == "start":
+            return f"the workers do not start: {message}; trying again"
+        if cause == "preempted":
+            return f"moving on: {message}"
+        left = event.get("restarts_left")
+        bears = f" ({left} more without a new checkpoint are borne)" if left is not None else ""
+        return f"failed: {message}; restarting from the last checkpoint{bears}"
+
+    def _waiting(self, event: dict[str, Any]) -> str:
+        return (
+            f"waiting for machines: there is room for {event.get('room')} of the "
+            f"{event.get('needed')} workers that are needed"
+        )
+
+    def _resized(self, event: dict[str, Any]) -> str:
+        change = f"going on with {event.get('to')} workers instead of {event.get('from')}"
+        if event.get("planned") and event.get("saved_at") is None:
+            return f"{change}; no checkpoint was saved in time: some steps will be done again"
+        return change
 
     def _finished(self, event: dict[str, Any]) -> str:
         self.reason = event.get("reason")

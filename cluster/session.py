@@ -31,6 +31,12 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # A dead worker is seen at the next poll.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Longer than it takes to place workers where there is room; then the room is counted anew.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # Supervisors of ranks do nothing but wait: one that is silent is lost.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    # Whoever takes a machine away may give as little notice as half a minute.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Ranks that wait for a dead one do not answer a polite request to leave.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
     # Workers keep the driver's working directory.

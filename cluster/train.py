@@ -19,15 +19,15 @@ from types import FrameType
 from typing import Any
 
 from cluster import session
-from cluster.failures import explain
+from cluster.failures import explain, failures_path, is_stop
 from cluster.naming import claim, clear, logs_dir, write_config
 from cluster.progress import Narrator, Tail
+from cluster.ranks import Task
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import STOP_FILE, RunConfig
 
-# Restarts after a failure before a run is given up; a failure that would only come again ends it
-# at once.
-MAX_FAILURES = 3
+# A number of workers, or the least and the most.
+Workers = int | tuple[int, int]
 
 _POLL_S = 0.2
 
@@ -49,7 +49,7 @@ def start(
     name: str,
     *,
     runs: Path,
-    workers: int | None = None,
+    workers: Workers | None = None,
     overwrite: bool = False,
     dashboard_port: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -63,7 +63,8 @@ def start(
         config: the resolved configuration; written to the run's folder.
         name: the run's name, its folder under ``runs``.
         runs: the folder of runs; on a cluster, storage that all machines share.
-        workers: ranks; by default one a GPU, or one where there is none.
+        workers: ranks; by default one a GPU, or one where there is none. With bounds, as many as
+            there is room for at any time.
         overwrite: remove what an earlier run of this name left.
         dashboard_port: for the page of a Ray of our own; by default the first free one.
         say: takes each line for the person who watches.
@@ -95,7 +96,9 @@ def start(
             redirect_stdout(log),
             _Interrupts(stop_file, say) as interrupts,
             session.connect(
-                min_cpus=workers or 1, threads=threads, dashboard_port=dashboard_port
+                min_cpus=_local_workers(workers or 1),
+                threads=threads,
+                dashboard_port=dashboard_port,
             ) as ray_session,
         ):
             interrupts.install()  # Ray's start has put handlers of its own in their place
@@ -105,31 +108,33 @@ def start(
             write_config(config, run_dir)
             if ray_session.dashboard_url:
                 say(f"Ray dashboard: {ray_session.dashboard_url}")
-            say(f"training {run_dir} on {workers} worker{'s' if workers > 1 else ''}")
+            say(f"training {run_dir} on {_described(workers)}")
+            task = Task(
+                config,
+                run_dir,
+                session.worker_threads(_bounds(workers)[1], threads),
+                commanded_at,
+                train,
+            )
             fit = _Fit(
-                _trainer(
-                    config,
-                    run_dir,
-                    workers,
-                    use_gpu=ray_session.num_gpus > 0,
-                    is_local=ray_session.is_local,
-                    commanded_at=commanded_at,
-                    train=train,
-                )
+                task, workers, use_gpu=ray_session.num_gpus > 0, is_local=ray_session.is_local
             )
             narrator = _watch(fit, config, run_dir, interrupts, say)
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt
+        reason = narrator.reason
         if fit.error is not None:
-            raise _failed(fit.error, name, run_dir)
+            if not is_stop(fit.error):
+                raise _failed(fit.error, name, run_dir)
+            reason = "stopped"
         return Outcome(
             run_dir=run_dir,
             step=narrator.last_step,
-            reason=narrator.reason,
+            reason=reason,
             valid_nll=narrator.valid_nll,
             seconds=time.time() - commanded_at,
-            signal=interrupts.signal if narrator.reason in {None, "stopped"} else None,
+            signal=interrupts.signal if reason in {None, "stopped"} else None,
         )
 
 
@@ -142,7 +147,7 @@ def _watch(
 ) -> Narrator:
     """Start ``fit`` and tell what the run logs until it ends, or is to end at once."""
     narrator = Narrator(config)
-    tails = Tail(run_dir / "events.jsonl"), Tail(logs_dir(run_dir) / "failures.jsonl")
+    tails = Tail(run_dir / "events.jsonl"), Tail(failures_path(run_dir))
     fit.start()
     is_over = False
     while not is_over:
@@ -157,101 +162,117 @@ def _watch(
     return narrator
 
 
-def check_lanes(config: RunConfig, workers: int | None) -> None:
+def check_lanes(config: RunConfig, workers: Workers | None) -> None:
     """Refuse more workers than lanes: ranks share the lanes out, and some would get none.
 
     Raises:
         UserError: as said.
     """
-    if workers is not None and workers > config.data.lanes:
+    if workers is not None and _bounds(workers)[1] > config.data.lanes:
         raise UserError(
-            f"--workers {workers}: the run has data.lanes {config.data.lanes}, and every worker "
-            "takes at least one: give fewer workers, or start a new run with more lanes"
+            f"--workers {_written(workers)}: the run has data.lanes {config.data.lanes}, and every "
+            "worker takes at least one: give fewer workers, or start a new run with more lanes"
         )
 
 
-def _check_resources(ray_session: session.Session, workers: int) -> None:
+def _check_resources(ray_session: session.Session, workers: Workers) -> None:
     kind, number = (
         ("GPU", ray_session.num_gpus) if ray_session.num_gpus else ("CPU", ray_session.num_cpus)
     )
-    if workers > number:
+    if _bounds(workers)[0] > number:
         raise UserError(
-            f"--workers {workers}: Ray offers {number:.0f} {kind}s, one a worker: give fewer "
-            "workers or add machines"
+            f"--workers {_written(workers)}: Ray offers {number:.0f} {kind}s, one a worker: give "
+            "fewer workers or add machines"
         )
 
 
-def _trainer(
-    config: RunConfig,
-    run_dir: Path,
-    workers: int,
-    *,
-    use_gpu: bool,
-    is_local: bool,
-    commanded_at: float,
-    train: Callable[..., object] | None,
-) -> Any:
-    """Ray's trainer for a run, ready to ``fit()``."""
-    import ray
-    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+def _bounds(workers: Workers) -> tuple[int, int]:
+    return (workers, workers) if isinstance(workers, int) else workers
 
-    from cluster.ranks import Task
-    from cluster.worker import (
-        FailureCallback,
-        RendezvousConfig,
-        ServersCallback,
-        rank_server,
-        work,
-    )
 
-    threads = session.worker_threads(workers, config.trainer.threads)
-    task = Task(config, run_dir, threads, commanded_at, train)
-    # A Ray of our own hands its environment down. Elsewhere the workers need theirs set, at the
-    # price of a slower start: they cannot be taken from Ray's pool.
-    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
-    trainer = DataParallelTrainer(
-        lambda: work(task),
-        backend_config=RendezvousConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
-        run_config=RayRunConfig(
-            name=run_dir.name,
-            storage_path=str(run_dir / ".ray"),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[FailureCallback(run_dir), ServersCallback(task)],
-            worker_runtime_env=None if is_local else {"env_vars": environment},
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    # They import while Ray Train starts its own processes, and live as long as these handles.
-    trainer.rank_servers = [
-        rank_server(task, node["NodeID"])
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("GPU" if use_gpu else "CPU")
-    ]
-    return trainer
+def _written(workers: Workers) -> str:
+    least, most = _bounds(workers)
+    return str(most) if least == most else f"{least}:{most}"
+
+
+def _described(workers: Workers) -> str:
+    least, most = _bounds(workers)
+    number = str(most) if least == most else f"{least} to {most}"
+    return f"{number} worker{'s' if most > 1 else ''}"
+
+
+def _local_workers(workers: Workers) -> int:
+    """How many a Ray of our own has to have room for."""
+    least, most = _bounds(workers)
+    return min(most, max(least, session.num_cores()))
 
 
 class _Fit(threading.Thread):
-    """``fit()`` in a thread of its own, so that the main thread keeps the signals.
+    """The training in a thread of its own, so that the main thread keeps the signals.
 
     (In the main thread Ray Train would take SIGINT for itself and kill the workers with it.)
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, task: Task, workers: Workers, *, use_gpu: bool, is_local: bool) -> None:
         super().__init__(name="ray-train-fit", daemon=True)
-        self._trainer = trainer
+        self._task, self._workers = task, workers
+        self._use_gpu, self._is_local = use_gpu, is_local
         self.error: BaseException | None = None
 
     def run(self) -> None:
+        from cluster.recovery import Judge, supervise
+
+        task = self._task
         try:
-            self._trainer.fit()
+            # They import while Ray Train starts its own processes, and live as long as this list.
+            servers = self._rank_servers()
+            supervise(self._trainer, Judge(task.run_dir, task.config.recovery.max_failures))
+            del servers
         except BaseException as error:
             self.error = error
+
+    def _rank_servers(self) -> list[Any]:
+        import ray
+
+        from cluster.worker import rank_server
+
+        return [
+            rank_server(self._task, node["NodeID"])
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("GPU" if self._use_gpu else "CPU")
+        ]
+
+    def _trainer(self) -> Any:
+        """Ray's trainer for the run, ready to ``fit()``."""
+        from ray.train import LoggingConfig, ScalingConfig
+        from ray.train import RunConfig as RayRunConfig
+
+        from cluster.recovery import Trainer
+        from cluster.worker import RendezvousConfig, ServersCallback, work
+
+        task, recovery = self._task, self._task.config.recovery
+        # A Ray of our own hands its environment down. Elsewhere the workers need theirs set, at the
+        # price of a slower start: they cannot be taken from Ray's pool.
+        environment = {"OMP_NUM_THREADS": str(task.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        return Trainer(
+            lambda: work(task),
+            backend_config=RendezvousConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=self._workers,
+                use_gpu=self._use_gpu,
+                resources_per_worker={"CPU": 1, "GPU": 1} if self._use_gpu else {"CPU": 1},
+                elastic_resize_monitor_interval_s=recovery.resize_interval_s,
+            ),
+            run_config=RayRunConfig(
+                name=task.run_dir.name,
+                storage_path=str(task.run_dir / ".ray"),
+                callbacks=[ServersCallback(task)],
+                worker_runtime_env=None if self._is_local else {"env_vars": environment},
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+            run_dir=task.run_dir,
+            recovery=recovery,
+        )
 
 
 class _Interrupts:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.train import UserCallback
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.failures import hopeless, summarize
-from cluster.naming import logs_dir
 from cluster.ranks import Place, RankServer, Task
 from trainer.control import HOLD_FILE
 
@@ -43,11 +37,6 @@ def work(task: Task) -> None:
         ray.get(outcome)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # as the rank raised it
-
-
-def failures_path(run_dir: Path) -> Path:
-    """One JSON object for each failure of the worker group."""
-    return logs_dir(run_dir) / "failures.jsonl"
 
 
 def rank_server(task: Task, node_id: str) -> Any:
@@ -76,32 +65,6 @@ def _preempted() -> bool:
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info is not None
-
-
-class FailureCallback(UserCallback):  # type: ignore[misc]
-    """Notes each failure of the group, and ends the run where a restart cannot help.
-
-    Ray Train restarts the group after any exception. An exception raised here makes its controller
-    give up instead, with that exception as the cause.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called in the controller's process with the exceptions of one poll, by rank."""
-        final = hopeless(worker_exceptions.values())
-        record = {
-            "event": "worker_failed",
-            "ranks": sorted(worker_exceptions),
-            "message": summarize(worker_exceptions),
-            "final": final is not None,
-            "time": round(time.time(), 3),
-        }
-        with failures_path(self._run_dir).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        if final is not None:
-            raise final
 
 
 class ServersCallback(WorkerGroupCallback):  # type: ignore[misc]

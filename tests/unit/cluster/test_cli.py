@@ -113,9 +113,16 @@ def test_a_wrong_configuration_costs_no_heavy_import() -> None:
         (["--set", "trainer.max_steps=0"], ["trainer.max_steps", "given: 0"]),
         (["--set", "data.lanes=many"], ["data.lanes", "many"]),
         (["--set", "model.d_model"], ["section.key=value"]),
-        (["--workers", "0"], ["--workers"]),
-        (["--workers", "two"], ["--workers", "not a valid integer"]),
-        (["--workers", "5"], ["data.lanes 4", "fewer workers"]),
+        (["--workers", "0"], ["--workers", "'0'", "at least 1"]),
+        (["--workers", "0:2"], ["--workers", "'0:2'", "at least 1"]),
+        (["--workers", "two"], ["--workers", "'two'", "such as 1:4"]),
+        (["--workers", "a:b"], ["--workers", "'a:b'", "such as 1:4"]),
+        (["--workers", "1:2:3"], ["--workers", "such as 1:4"]),
+        (["--workers", "-1"], ["--workers", "such as 1:4"]),
+        (["--workers", "2:"], ["--workers", "such as 1:4"]),
+        (["--workers", "4:1"], ["--workers", "the least comes first: 1:4"]),
+        (["--workers", "5"], ["--workers 5", "data.lanes 4", "fewer workers"]),
+        (["--workers", "1:9", "--set", "data.lanes=8"], ["--workers 1:9", "data.lanes 8"]),
         (["--name", "a/b"], ["run name 'a/b'"]),
         (["--dashboard-port", "70000"], ["--dashboard-port"]),
         (["--resume"], ["--name RUN"]),
@@ -186,6 +193,16 @@ def test_train_hands_over_what_was_asked(
     assert call["config"].trainer.max_steps == 7
     assert call["config"].model.dropout == 0.25
     assert call["config"].data.mirror == "/somewhere"
+
+
+@pytest.mark.parametrize(("given", "workers"), [("1:4", (1, 4)), ("3:3", (3, 3)), ("4", 4)])
+def test_train_takes_bounds_for_the_workers(
+    given: str, workers: object, config_file: Path, tmp_path: Path, started: list[dict[str, Any]]
+) -> None:
+    arguments = ["--name", "x", "--runs", tmp_path, "--workers", given, "--set", "data.lanes=4"]
+    result = babelray("train", "--config", config_file, *arguments)
+    assert result.exit_code == 0, result.output
+    assert [call["workers"] for call in started] == [workers]
 
 
 def test_train_prints_json_for_scripts(

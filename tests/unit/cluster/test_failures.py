@@ -10,8 +10,15 @@ from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from cluster.failures import explain, hopeless, summarize
-from cluster.worker import FailureCallback, failures_path
+from cluster.failures import (
+    StopRequested,
+    explain,
+    failures_path,
+    hopeless,
+    is_stop,
+    note,
+    summarize,
+)
 from data_shards.errors import DataError, RunFailedError
 
 DATA = DataError("shards/train-000000.tar is cut short: prepare it again")
@@ -56,17 +63,24 @@ def test_explains_what_the_worker_said_through_all_wrapping() -> None:
     assert explain(OSError("first\nlast words")) == "OSError: last words"
 
 
-def test_the_callback_notes_a_failure_and_lets_ray_restart(tmp_path: Path) -> None:
-    failures_path(tmp_path).parent.mkdir()
-    FailureCallback(tmp_path).after_exception(None, {1: DEAD})
-    (line,) = failures_path(tmp_path).read_text().splitlines()
-    record = json.loads(line)
-    assert record["ranks"] == [1]
-    assert record["final"] is False
+def test_a_stop_is_told_from_a_failure() -> None:
+    assert is_stop(ControllerError(StopRequested()))
+    assert not is_stop(ControllerError(OSError()))
+    assert not is_stop(WorkerGroupError("text", {1: DEAD}))
 
 
-def test_the_callback_ends_a_run_that_a_restart_cannot_help(tmp_path: Path) -> None:
+def test_notes_are_json_lines(tmp_path: Path) -> None:
     failures_path(tmp_path).parent.mkdir()
-    with pytest.raises(DataError, match="cut short"):
-        FailureCallback(tmp_path).after_exception(None, {0: CLOSED, 1: DATA})
-    assert json.loads(failures_path(tmp_path).read_text())["final"] is True
+    note(tmp_path, "waiting", room=1)
+    note(tmp_path, "resized", **{"from": 1, "to": 2})
+    first, second = map(json.loads, failures_path(tmp_path).read_text().splitlines())
+    assert (first["event"], first["room"]) == ("waiting", 1)
+    assert (second["from"], second["to"]) == (1, 2)
+    assert second["time"] >= first["time"] > 1e9
+
+
+def test_what_cannot_be_noted_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    note(tmp_path / "gone", "waiting", room=1)
+    assert "not noted" in caplog.text

@@ -125,6 +125,42 @@ def test_other_events() -> None:
     assert (told.last_step, told.reason, told.valid_nll) == (5, "max_steps", 1.5)
 
 
+def test_what_failed_and_what_is_done_about_it() -> None:
+    told = narrator()
+    failed = {"event": "worker_failed", "final": False}
+    no_room = {**failed, "cause": "start", "message": "no room"}
+    lines = [
+        told.line(event)
+        for event in (
+            {**failed, "cause": "killed", "message": "rank 1: gone", "restarts_left": 2},
+            {**failed, "cause": "preempted", "message": "saved at step 7", "restarts_left": 3},
+            no_room,
+            no_room,
+            {**failed, "cause": "killed", "message": "rank 0: gone", "restarts_left": 0},
+            no_room,
+            {"event": "waiting", "room": 1, "needed": 2},
+            {"event": "resized", "from": 4, "to": 3, "planned": False, "saved_at": None},
+            {"event": "resized", "from": 1, "to": 2, "planned": True, "saved_at": 90},
+            {"event": "resized", "from": 1, "to": 2, "planned": True, "saved_at": None},
+        )
+    ]
+    assert lines == [
+        "failed: rank 1: gone; restarting from the last checkpoint "
+        "(2 more without a new checkpoint are borne)",
+        "moving on: saved at step 7",
+        "the workers do not start: no room; trying again",
+        None,
+        "failed: rank 0: gone; restarting from the last checkpoint "
+        "(0 more without a new checkpoint are borne)",
+        "the workers do not start: no room; trying again",
+        "waiting for machines: there is room for 1 of the 2 workers that are needed",
+        "going on with 3 workers instead of 4",
+        "going on with 2 workers instead of 1",
+        "going on with 2 workers instead of 1; no checkpoint was saved in time: "
+        "some steps will be done again",
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (723, "12:03"), (12345, "3:25:45")]
 )
