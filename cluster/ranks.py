@@ -76,7 +76,7 @@ class RankServer:
         if warm:
             # A CUDA context does not survive a fork: look at the devices without making one.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-            self._context.set_forkserver_preload(["cluster.ranks_preload"])
+            self._context.set_forkserver_preload(["trainer.preload"])
             forkserver.ensure_running()
 
     def run(

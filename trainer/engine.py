@@ -20,7 +20,8 @@ from data_shards.errors import UserError
 from trainer.config import TrainerConfig
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """DeepSpeed without the noise that it makes, and without what it would compile."""
     if not torch.cuda.is_available():
         # Without it DeepSpeed looks for other accelerators and warns on every rank.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -141,7 +142,7 @@ class Engine:
             raise UserError(
                 "trainer.precision: fp16 is not supported on a CPU: use bf16 or fp32, or a GPU"
             )
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(
             dist_backend=backend,
