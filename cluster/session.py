@@ -132,6 +132,7 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
             context = _connect_to(address)
         else:
             context = ray.init(
+                address="local",  # and not a cluster that somebody has started on this machine
                 num_cpus=max(num_cores(), min_cpus),
                 include_dashboard=True,
                 dashboard_host=LOOPBACK,
