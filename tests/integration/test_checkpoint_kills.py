@@ -217,7 +217,9 @@ def survive(num_kills: int, seed: int, data_root: Path, folder: Path) -> str:
             assert resumed == [], what
         before, (newest, passed_over) = newest, checkpoints.find_trusted()
         assert passed_over == {}, what
-        assert newest == checkpoints.committed()[-1] >= before, what
+        committed = checkpoints.committed()
+        assert newest == committed[-1] >= before, what
+        assert all(checkpoints.problems(step) == [] for step in committed), what
         unfinished += max(_begun(run_dir)) > newest
     end = max(row[0] for row in rows(run_dir)) + 1
     last = make_config(data_root, max_steps=end)

@@ -190,6 +190,7 @@ def test_death_at_any_moment_leaves_a_whole_checkpoint(
         step, passed_over = checkpoints.find_trusted()
         assert step in (1, 2)
         assert passed_over == {}
+        assert all(checkpoints.problems(each) == [] for each in checkpoints.committed())
         outcomes.append(step)
         # The next attempt clears up and saves again.
         group = Group(checkpoints, world_size, token="11111111", keep=1)

@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data_shards.errors import UserError
+from tests.saves import watched
 from trainer import storage
 from trainer.storage import FileWriter, Storage, StorageError, write_atomically
 
@@ -124,6 +125,34 @@ def test_publishing_on_the_same_disk_copies_nothing(tmp_path: Path) -> None:
     before = file.stat().st_ino
     Storage.of(tmp_path / "run").put(file, "folder/file")
     assert (tmp_path / "run" / "folder" / "file").stat().st_ino == before
+
+
+@pytest.mark.parametrize("call", ["put", "write", "remove"])
+def test_what_was_done_outlives_a_power_cut(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name, or that it is gone, is on the disk once its folder is synced."""
+    place = Storage.of(tmp_path / "run")
+    place.write("folder/gone", b"")
+    file = local_file(tmp_path, b"content")
+    done: list[str] = []
+
+    def watch(operation: str, arguments: tuple[Any, ...]) -> None:
+        if operation == "open":
+            return
+        where = arguments[0]
+        where = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else str(where)
+        done.append(f"{operation} {Path(where).name.partition('.')[0]}")
+
+    with watched(monkeypatch, watch):
+        if call == "put":
+            place.put(file, "folder/file")
+        elif call == "write":
+            place.write("folder/file", b"content")
+        else:
+            place.remove("folder/gone")
+    assert done[-1] == "fsync folder"
+    assert done[-2].startswith("unlink" if call == "remove" else "replace")
 
 
 def test_publishing_on_another_disk_is_whole_too(
