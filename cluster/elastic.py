@@ -263,7 +263,7 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
     def __init__(self, run_dir: Path, grace_s: float) -> None:
         self._run_dir, self._grace_s = run_dir, grace_s
         self._group: Any = None
-        self._num_workers: int | None = None  # of the last group
+        self._num_workers: int | None = None  # of the last group, or what was to be one
         self._is_planned = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -279,7 +279,6 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
     def after_worker_group_start(self, worker_group: Any) -> None:
         """The group's processes are there."""
         self._group = worker_group
-        self._num_workers = len(worker_group.get_workers())
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """No rank is left that could see the request."""
@@ -294,6 +293,7 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Called before the old group, if there is one, is shut down."""
         before, after = self._num_workers, resize_decision.num_workers
+        self._num_workers = after
         step = self._hold() if self._is_planned and self._group is not None else None
         if before is not None and before != after:
             note(

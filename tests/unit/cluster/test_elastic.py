@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
     ResizingState,
     RestartingState,
     SchedulingState,
+    TrainControllerState,
 )
 from ray.train.v2._internal.execution.scaling_policy import (
     FixedScalingPolicy,
@@ -250,13 +253,18 @@ class Group:
 def resize(made: ResizeCallback, group: Group, to: int, *, planned: bool = True) -> None:
     """What Ray Train's controller does, step by step."""
     made.after_controller_start(None)
+    schedule(made, InitializingState(), group.size)
     made.before_worker_group_start(None)
     made.after_worker_group_start(group)
     decision = ResizeDecision(num_workers=to, resources_per_worker={})
-    before = ResizingState(decision) if planned else RestartingState(OSError())
+    schedule(made, ResizingState(decision) if planned else RestartingState(OSError()), to)
+    made.after_worker_group_shutdown(None)
+
+
+def schedule(made: ResizeCallback, before: TrainControllerState, workers: int) -> None:
+    decision = ResizeDecision(num_workers=workers, resources_per_worker={})
     made.after_controller_state_update(before, SchedulingState(decision))
     made.before_controller_execute_resize_decision(decision)
-    made.after_worker_group_shutdown(None)
 
 
 def requests(run_dir: Path) -> list[str]:
@@ -288,8 +296,8 @@ def test_a_group_that_ends_while_it_saves_is_not_waited_for(run_dir: Path) -> No
     resize(ResizeCallback(run_dir, 30.0), group, to=2)
     assert time.monotonic() - began < 5
     # Ranks that have answered end, too.
-    made = ResizeCallback(run_dir, 30.0)
-    resize(made, Group(run_dir, size=2, answers_after=1, fails_after=1), to=1)
+    group = Group(run_dir, size=2, answers_after=1, fails_after=1)
+    resize(ResizeCallback(run_dir, 30.0), group, to=1)
     assert [note["saved_at"] for note in notes(run_dir)] == [None, 70]
 
 
@@ -299,6 +307,14 @@ def test_a_restart_after_a_failure_asks_nobody(run_dir: Path) -> None:
     assert group.polls == 0
     (note,) = notes(run_dir)
     assert (note["from"], note["to"], note["planned"]) == (3, 2, False)
+
+
+def test_a_start_that_is_tried_again_is_noted_once(run_dir: Path) -> None:
+    made = ResizeCallback(run_dir, 30.0)
+    resize(made, Group(run_dir, size=3, answers_after=1), to=2, planned=False)
+    for workers in (2, 2, 1):
+        schedule(made, ReschedulingState(OSError()), workers)
+    assert [(note["from"], note["to"]) for note in notes(run_dir)] == [(3, 2), (2, 1)]
 
 
 def test_a_restart_at_the_same_size_is_no_resize(run_dir: Path) -> None:
