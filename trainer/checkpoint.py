@@ -33,7 +33,7 @@ from data_shards.manifest import file_sha256
 from trainer.config import RecoveryConfig
 from trainer.parts import WEIGHTS
 from trainer.reader import Reader
-from trainer.storage import Storage, StorageError
+from trainer.storage import MissingError, Storage, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -209,10 +209,10 @@ class Checkpoints:
         Raises:
             StorageError: ``best.json`` cannot be read.
         """
-        if self.storage.size(BEST) is None:
-            return None
         try:
             return int(json.loads(self.storage.read(BEST))["step"])
+        except MissingError:
+            return None
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{self.storage.where(BEST)} cannot be read ({error}): remove it"
@@ -233,11 +233,9 @@ class Checkpoints:
 
     def is_attempt(self, token: str) -> bool:
         """Whether no newer attempt has begun."""
-        if self.storage.size(_ATTEMPT) is None:
-            return False
         try:
             return bool(json.loads(self.storage.read(_ATTEMPT)).get("token") == token)
-        except (ValueError, AttributeError):
+        except (MissingError, ValueError, AttributeError):
             return False
 
     def clean(self, tag: str | None, *, step: int | None = None) -> None:
@@ -312,20 +310,19 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         folder = self.folder(step)
+        found = []
         for name in (COMMIT, MANIFEST):
-            if self.storage.size(f"{folder}/{name}") is None:
-                raise _DamagedError(f"{self.storage.where(folder)}/{name} is missing")
-        try:
-            commit = self.storage.read(f"{folder}/{COMMIT}").decode(errors="replace").strip()
-            content = self.storage.read(f"{folder}/{MANIFEST}")
-        except StorageError as error:
-            if self.storage.folder is None:
-                raise
-            raise _DamagedError(str(error)) from None
+            try:
+                found.append(self.storage.read(f"{folder}/{name}"))
+            except MissingError:
+                raise _DamagedError(f"{self.where(step)}/{name} is missing") from None
+            except StorageError as error:
+                if self.storage.folder is None:
+                    raise  # that it does not answer says nothing about the files
+                raise _DamagedError(str(error)) from None
+        commit, content = found[0].decode(errors="replace").strip(), found[1]
         if hashlib.sha256(content).hexdigest() != commit:
-            raise _DamagedError(
-                f"{self.storage.where(folder)}/{MANIFEST} differs from what was committed"
-            )
+            raise _DamagedError(f"{self.where(step)}/{MANIFEST} differs from what was committed")
         values: dict[str, Any] = json.loads(content)
         return values
 
@@ -343,6 +340,10 @@ class Checkpoints:
                 return f"{where} has {num_bytes} bytes, {entry['bytes']} were written"
             if hashes and self._sha256(step, name, entry["sha256"]) != entry["sha256"]:
                 return f"{where} differs from what was written (sha256)"
+        except StorageError as error:
+            if self.storage.folder is None:
+                raise
+            return str(error)
         except OSError as error:
             return f"{where} cannot be read ({error.strerror or error})"
         return None

@@ -54,6 +54,7 @@ class StorageError(RunFailedError):
         """One sentence from what the system said; ``error`` becomes the cause."""
         if isinstance(error, StorageError):
             return error
+        kind = MissingError if isinstance(error, FileNotFoundError) else cls
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         mend = {
             errno.ENOSPC: "free some space there, or give a place with more",
@@ -61,9 +62,15 @@ class StorageError(RunFailedError):
             errno.EACCES: "allow this user to read and write there, or give another place",
             errno.EROFS: "mount it for writing, or give another place",
         }.get(getattr(error, "errno", None) or 0, "check that the storage is there and works")
-        found = cls(f"cannot {action} {where}: {said}: {mend} (recovery.storage, recovery.staging)")
+        found = kind(
+            f"cannot {action} {where}: {said}: {mend} (recovery.storage, recovery.staging)"
+        )
         found.__cause__ = error
         return found
+
+
+class MissingError(StorageError):
+    """There is no such file."""
 
 
 class FileWriter:
@@ -291,13 +298,18 @@ class _Remote(Storage):
 
     def fetch(self, name: str, cache: Path) -> Path:
         target = cache / PurePosixPath(name).name
+        lock_file = cache / f".{target.name}.lock"
         with _telling("write", target):
             cache.mkdir(parents=True, exist_ok=True)
             # The ranks of a machine want the same files: one of them fetches.
-            with (cache / f".{target.name}.lock").open("ab") as lock:
+            with lock_file.open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not target.exists():
-                    self._fetch(name, target)
+                try:
+                    if not target.exists():
+                        self._fetch(name, target)
+                finally:
+                    # Who waits for it finds the target, or at worst fetches a copy of its own.
+                    lock_file.unlink(missing_ok=True)
         return target
 
     def _fetch(self, name: str, target: Path) -> None:

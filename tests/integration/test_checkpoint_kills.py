@@ -47,6 +47,7 @@ class Death:
 
 
 def make_config(data_root: Path, **trainer: Any) -> RunConfig:
+    recovery = trainer.pop("recovery", {})
     return parse_config(
         {
             "model": {
@@ -62,6 +63,7 @@ def make_config(data_root: Path, **trainer: Any) -> RunConfig:
                 "log_every": 1, "validate_every": 100_000, "checkpoint_every": 1,
                 "keep_checkpoints": 2, "metrics_port": 0, "threads": 1, **trainer,
             },
+            "recovery": recovery,
         },
         where="test",
     )  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,24 @@ def test_if_none_can_be_trusted_it_says_so_and_touches_nothing(saved: Checkpoint
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert open_storage(tmp_path, tmp_path / "cache").find_trusted() == (None, {})
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_file_that_the_disk_cannot_give_is_passed_over(
+    call: str, saved: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(Path, call)
+
+    def fail(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == WEIGHTS and "step-00000002" in str(self):
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, call, fail)
+    step, passed_over = saved.find_trusted()
+    assert step == 1
+    assert f"step-00000002/{WEIGHTS}" in passed_over[2][0]
+    assert "Input/output error" in passed_over[2][0]
 
 
 def test_every_problem_is_told(saved: Checkpoints) -> None:
