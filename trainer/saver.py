@@ -84,7 +84,7 @@ class Saver:
         self._rank, self._world_size = rank, world_size
         self._token, self._keep = token, keep
         self._staging = checkpoints.staging(staging)
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = _host_buffers(engine.fragments())
         self._num_saves = 0
         self._publication: Publication | None = None
         self._thread: threading.Thread | None = None
@@ -168,20 +168,15 @@ class Saver:
         self.abandon()
 
     def _copy(self, fragments: Sequence[Fragment]) -> list[Piece]:
-        """Copy the state into host buffers, one a kind, which are kept from save to save."""
+        """Copy the state into the host buffers."""
         pieces, total = [], 0
         for fragment in fragments:
             length = fragment.tensors[WEIGHT].numel()
             pieces.append(Piece(fragment.name, fragment.start, length, total))
             total += length
         on_device = False
-        for kind in (WEIGHT, *MOMENTS):
-            buffer = self._buffers.get(kind)
-            if buffer is None or buffer.numel() != total:
-                # Pinned memory lets a GPU copy at the bus' speed.
-                pinned = any(fragment.tensors[kind].is_cuda for fragment in fragments)
-                buffer = torch.empty(total, dtype=torch.float32, pin_memory=pinned)
-                self._buffers[kind] = buffer
+        for kind, buffer in self._buffers.items():
+            assert buffer.numel() == total, "the engine's share has changed"
             for piece, fragment in zip(pieces, fragments, strict=True):
                 tensor = fragment.tensors[kind]
                 target = buffer[piece.offset : piece.offset + piece.length]
@@ -256,3 +251,18 @@ class Saver:
         }
         data = (some for kind in kinds for some in in_pieces(bytes_of(self._buffers[kind])))
         return publication.put(publication.name(part, self._rank), shapes, data)
+
+
+def _host_buffers(fragments: Sequence[Fragment]) -> dict[str, Tensor]:
+    """Memory for a copy of this rank's share, by kind; kept from save to save.
+
+    It is taken, and touched, before training begins: the first save then takes no longer than the
+    others, and a machine with too little memory shows it at once. Pinned memory lets a GPU copy at
+    the bus' speed.
+    """
+    total = sum(fragment.tensors[WEIGHT].numel() for fragment in fragments)
+    pinned = any(fragment.tensors[WEIGHT].is_cuda for fragment in fragments)
+    return {
+        kind: torch.empty(total, dtype=torch.float32, pin_memory=pinned).fill_(0.0)
+        for kind in (WEIGHT, *MOMENTS)
+    }
