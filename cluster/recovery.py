@@ -21,6 +21,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
@@ -212,10 +213,12 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
 
 
 def _is_superfluous(callback: Any) -> bool:
-    """Ray Train's watcher of the controller does ``supervise``'s work a second later, at the price
-    of a process, and is waited for at the end of every run.
+    """What costs a process and is of no use here.
+
+    Ray Train's watcher of the controller does ``supervise``'s work a second later, and is waited
+    for at the end of every run; its manager of Ray Data's datasets starts anew with each group.
     """
-    return isinstance(callback, PlacementGroupCleanerCallback)
+    return isinstance(callback, PlacementGroupCleanerCallback | DatasetsCallback)
 
 
 def supervise(build: Callable[[], Trainer], judge: Judge) -> None:
