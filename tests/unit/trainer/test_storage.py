@@ -23,7 +23,6 @@ class Flaky(MemoryFileSystem):  # type: ignore[misc]
     """A remote storage whose every call may fail first; ``errors`` are used up."""
 
     protocol = "flaky"
-    cachable = False
     errors: ClassVar[list[Exception]] = []
     calls = 0
     lost_bytes = 0
