@@ -275,6 +275,13 @@ class Checkpoints:
         self.uncommit(step)
         self.storage.remove(self.folder(step))
 
+    def clear(self) -> None:
+        """Remove all of them, and what is noted about them: the run begins anew."""
+        for step in self.committed():
+            self.uncommit(step)
+        self.storage.remove(_FOLDER)
+        self.storage.remove(BEST)
+
     def retain(self, *, keep: int, best: int | None) -> None:
         """Drop all but the newest ``keep``, the best, and the newest that verifies.
 

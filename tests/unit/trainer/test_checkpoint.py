@@ -172,6 +172,14 @@ def test_a_damaged_checkpoint_is_left_for_a_rescue(saved: Checkpoints) -> None:
     assert saved.storage.names(saved.folder(2)) == before
 
 
+def test_all_of_them_can_be_cleared_away(saved: Checkpoints) -> None:
+    saved.set_best(1, 0.5)
+    saved.storage.write("mine", b"")
+    saved.clear()
+    assert saved.storage.names("") == ["mine"]
+    assert (saved.committed(), saved.best()) == ([], None)
+
+
 def test_only_the_newest_attempt_is_one(saved: Checkpoints) -> None:
     saved.begin_attempt("11111111")
     assert (saved.is_attempt("0a0b0c0d"), saved.is_attempt("11111111")) == (False, True)
