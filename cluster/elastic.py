@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # By node, then by resource.
 Resources = dict[str, dict[str, float]]
 
+Prepare = Callable[[str], Callable[[], bool]]
+
 # How long the cluster's view of what is free may be behind what has been given back (0.1 s was
 # measured); two looks as far apart must agree before a group is made smaller or larger.
 _SETTLE_S = 0.3
@@ -159,6 +161,7 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
     Args:
         scaling_config: ``num_workers`` is a number, or the least and the most.
         run_dir: the run's folder.
+        prepare: begins to make a node ready for ranks; what it returns tells whether it is.
         look: tells what the cluster has.
         pause: waits so many seconds.
     """
@@ -168,12 +171,15 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         scaling_config: ScalingConfig,
         run_dir: Path,
         *,
+        prepare: Prepare | None = None,
         look: Callable[..., View] = look,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(scaling_config)
         self._run_dir, self._look, self._pause = run_dir, look, pause
-        self._excluded: tuple[str, ...] = ()
+        self._prepare = prepare
+        self._prepared: dict[str, Callable[[], bool]] = {}
+        self._seen = View({}, ())
         self._is_running = False
         self._told: int | None = None
 
@@ -212,15 +218,18 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
             self._pause(_SETTLE_S)
             if self._room() != decision.num_workers:
                 return NoopDecision()
+            if decision.num_workers > worker_group_state.num_workers and not self._is_prepared():
+                self._latest_monitor_time = float("-inf")  # look again at the next poll
+                return NoopDecision()
         return decision
 
     def on_controller_start_worker_group(
         self, *, scaling_config: Any, num_workers: int
     ) -> dict[str, str] | None:
         """Ray Train's hook: the label selector of the workers to be placed."""
-        if not self._excluded:
+        if not self._seen.excluded:
             return None
-        return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(self._excluded)})"}
+        return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(self._seen.excluded)})"}
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Ray Train's hook: tell the cluster's autoscaler what the run would like to have.
@@ -234,16 +243,34 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         """What Ray Train's policy counts workers in; None where it cannot be known now."""
         try:
             # A group that is running shows by itself when a node is gone.
-            seen = self._look(knock=not self._is_running)
+            self._seen = self._look(knock=not self._is_running)
         except Exception:  # whatever Ray's clients raise while its head is busy or away
             logger.warning("the cluster's resources cannot be seen", exc_info=True)
             return None
-        self._excluded = seen.excluded
-        return seen.free
+        return self._seen.free
 
     def _room(self) -> int:
         free = self._get_reserved_resources()
         return 0 if free is None else self._count_possible_workers(free)
+
+    def _is_prepared(self) -> bool:
+        """Whether the nodes that a larger group may be on are ready for it.
+
+        The group goes on meanwhile; it would wait for them, were it larger already.
+        """
+        if self._prepare is None:
+            return True
+        useful = [
+            node
+            for node, free in self._seen.free.items()
+            if self._count_possible_workers({node: free})
+        ]
+        # What was prepared comes first, and is kept: ranks may depend on it.
+        useful.sort(key=lambda node: node not in self._prepared)
+        for node in useful[: self.scaling_config.max_workers]:
+            if node not in self._prepared:
+                self._prepared[node] = self._prepare(node)
+        return all(self._prepared[node]() for node in useful if node in self._prepared)
 
     def _tell_waiting(self) -> None:
         room = self._room()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ def failures_path(run_dir: Path) -> Path:
 def note(run_dir: Path, event: str, **fields: Any) -> None:
     """Append an event to ``failures_path``; a disk that is full must not end the run."""
     line = json.dumps({"event": event, **fields, "time": round(time.time(), 3)})
-    logger.warning("%s", line)
+    logger.info("%s", line)
     try:
         with failures_path(run_dir).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
@@ -63,6 +64,13 @@ def _how(exit_code: int) -> str:
     except ValueError:
         return f"by signal {-exit_code}"
 
+
+# What gloo, NCCL and torch's store say.
+_BROKEN = re.compile(
+    r"connection (was likely )?(closed|reset|refused)|broken pipe|remote process exited"
+    r"|remote peer|communicator was aborted|no route to host",
+    re.IGNORECASE,
+)
 
 # Errors of the input, the configuration or the code: after a restart they come again at the same
 # place.
@@ -103,7 +111,11 @@ def summarize(failures: Mapping[int, BaseException]) -> str:
             f"the {process} of rank {ranks} ended unexpectedly "
             "(killed, out of memory, or its machine was lost)"
         )
-    rank, error = min(failures.items())
+    own = {rank: error for rank, error in failures.items() if not is_broken_connection(error)}
+    if not own:
+        ranks = ", ".join(str(rank) for rank in sorted(failures))
+        return f"rank {ranks} lost its connection to another rank (killed, or its machine was lost)"
+    rank, error = min(own.items())
     return f"rank {rank}: {_one_line(error)}"
 
 
@@ -129,6 +141,14 @@ def _unwrap(error: BaseException) -> Iterator[BaseException]:
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             yield from _unwrap(inner)
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether a rank failed only because another was gone.
+
+    That other's own end may be noticed later. (Errors of storage are no ``RuntimeError``s.)
+    """
+    return isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
 
 
 def _is_dead(error: BaseException) -> bool:

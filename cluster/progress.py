@@ -165,7 +165,9 @@ class Narrator:
         )
 
     def _resized(self, event: dict[str, Any]) -> str:
-        change = f"going on with {event.get('to')} workers instead of {event.get('from')}"
+        number = event.get("to")
+        workers = f"{number} worker{'' if number == 1 else 's'}"
+        change = f"going on with {workers} instead of {event.get('from')}"
         if event.get("planned") and event.get("saved_at") is None:
             return f"{change}; no checkpoint was saved in time: some steps will be done again"
         return change

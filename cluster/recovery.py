@@ -34,8 +34,15 @@ from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_act
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
-from cluster.elastic import LivePolicy, ResizeCallback, own_placement_groups
-from cluster.failures import RankDiedError, StopRequested, hopeless, note, summarize
+from cluster.elastic import LivePolicy, Prepare, ResizeCallback, own_placement_groups
+from cluster.failures import (
+    RankDiedError,
+    StopRequested,
+    hopeless,
+    is_broken_connection,
+    note,
+    summarize,
+)
 from cluster.progress import Tail
 from trainer.config import RecoveryConfig
 from trainer.control import Handover
@@ -102,7 +109,8 @@ def _diagnose_group(failures: dict[int, BaseException]) -> Diagnosis:
         text = f"rank {_listed(hung)} did not go on; its stack is in its log, if it could write"
         return Diagnosis("hung", text, hung)
     is_dead = any(isinstance(error, RankDiedError | RayActorError) for error in map(_inner, errors))
-    return Diagnosis("killed" if is_dead else "exception", message, ranks)
+    is_killed = is_dead or all(is_broken_connection(error) for error in errors)
+    return Diagnosis("killed" if is_killed else "exception", message, ranks)
 
 
 def _inner(error: BaseException) -> BaseException:
@@ -193,16 +201,26 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     Args:
         run_dir: the run's folder.
         recovery: how much is borne.
-        **arguments: of ``DataParallelTrainer``.
+        prepare: see ``LivePolicy``.
+        *arguments, **named: of ``DataParallelTrainer``.
     """
 
-    def __init__(self, *arguments: Any, run_dir: Path, recovery: RecoveryConfig, **named: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        run_dir: Path,
+        recovery: RecoveryConfig,
+        prepare: Prepare | None = None,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
-        self._run_dir, self._recovery = run_dir, recovery
+        self._run_dir, self._recovery, self._prepare = run_dir, recovery, prepare
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_dir, recovery = self._run_dir, self._recovery
-        arguments["scaling_policy"] = LivePolicy(self.scaling_config, run_dir)
+        arguments["scaling_policy"] = LivePolicy(
+            self.scaling_config, run_dir, prepare=self._prepare
+        )
         arguments["failure_policy"] = RunFailurePolicy(Judge(run_dir, recovery.max_failures))
         # First, because it clears up after a start that failed in one of the others.
         arguments["callbacks"] = [

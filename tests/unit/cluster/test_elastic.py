@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from cluster import elastic
-from cluster.elastic import LivePolicy, ResizeCallback, View, view
+from cluster.elastic import LivePolicy, Prepare, ResizeCallback, View, view
 from cluster.failures import StopRequested, failures_path
 from trainer.config import STOP_FILE
 from trainer.control import HELD_FILE, HOLD_FILE
@@ -111,11 +111,18 @@ class Coordinator:
         pass
 
 
-def policy(run_dir: Path, workers: int | tuple[int, int], cluster: Cluster) -> LivePolicy:
+def policy(
+    run_dir: Path,
+    workers: int | tuple[int, int],
+    cluster: Cluster,
+    prepare: Prepare | None = None,
+) -> LivePolicy:
     config = ScalingConfig(
         num_workers=workers, resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0
     )
-    made = LivePolicy(config, run_dir, look=cluster.look, pause=lambda seconds: None)
+    made = LivePolicy(
+        config, run_dir, prepare=prepare, look=cluster.look, pause=lambda seconds: None
+    )
     made._coordinator_client = Coordinator()
     return made
 
@@ -163,6 +170,28 @@ def test_a_running_group_is_resized_when_two_looks_agree(run_dir: Path) -> None:
     assert resizes(policy(run_dir, (1, 4), Cluster(2)), running=2) is None
     assert resizes(policy(run_dir, (2, 4), Cluster(1)), running=2) is None  # below the least
     assert resizes(policy(run_dir, 2, Cluster(5)), running=2) is None
+
+
+def test_a_group_grows_when_the_nodes_are_ready_for_it(run_dir: Path) -> None:
+    asked: list[str] = []
+    ready: set[str] = set()
+
+    def prepare(node: str) -> Callable[[], bool]:
+        asked.append(node)
+        return lambda: node in ready
+
+    cluster = Cluster(3)
+    made = policy(run_dir, (1, 2), cluster, prepare=prepare)
+    assert resizes(made, running=1) is None
+    assert resizes(made, running=1) is None
+    assert asked == ["node-0", "node-1"]  # once, and no more than there can be workers
+    ready.update(asked)
+    assert resizes(made, running=1) == 2
+    # A group that has to shrink waits for nothing.
+    cluster.rooms = [1]
+    ready.clear()
+    assert resizes(made, running=2) == 1
+    assert starts(made) == 1
 
 
 def test_a_cluster_that_cannot_be_seen_changes_nothing(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from cluster.failures import (
     explain,
     failures_path,
     hopeless,
+    is_broken_connection,
     is_stop,
     note,
     summarize,
@@ -46,10 +47,27 @@ def test_summaries() -> None:
     assert summarize({0: CLOSED, 3: DATA}) == f"rank 3: {DATA}"
     assert summarize({0: CLOSED, 1: DEAD}).startswith("the process of rank 1 ended unexpectedly")
     assert summarize({0: DEAD, 1: DEAD}).startswith("the processes of rank 0, 1 ended")
-    assert summarize({2: CLOSED}) == (
-        "rank 2: RuntimeError: Connection closed by peer [127.0.0.1]:1234"
-    )
+    assert summarize({2: CLOSED}).startswith("rank 2 lost its connection to another rank")
+    assert summarize({0: CLOSED, 1: OSError("first\nno space")}) == "rank 1: OSError: no space"
     assert summarize({0: ValueError()}) == "rank 0: ValueError"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (CLOSED, True),
+        (RuntimeError("[gloo] Connection reset by peer"), True),
+        (
+            RuntimeError("recvValue failed: Connection was likely closed. Did the server crash?"),
+            True,
+        ),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("CUDA out of memory"), False),
+        (ConnectionResetError("s3: Connection reset by peer"), False),
+    ],
+)
+def test_what_follows_from_the_loss_of_another_rank(error: Exception, expected: bool) -> None:
+    assert is_broken_connection(error) == expected
 
 
 def test_explains_what_the_worker_said_through_all_wrapping() -> None:

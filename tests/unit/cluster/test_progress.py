@@ -139,7 +139,7 @@ def test_what_failed_and_what_is_done_about_it() -> None:
             {**failed, "cause": "killed", "message": "rank 0: gone", "restarts_left": 0},
             no_room,
             {"event": "waiting", "room": 1, "needed": 2},
-            {"event": "resized", "from": 4, "to": 3, "planned": False, "saved_at": None},
+            {"event": "resized", "from": 4, "to": 1, "planned": False, "saved_at": None},
             {"event": "resized", "from": 1, "to": 2, "planned": True, "saved_at": 90},
             {"event": "resized", "from": 1, "to": 2, "planned": True, "saved_at": None},
         )
@@ -154,7 +154,7 @@ def test_what_failed_and_what_is_done_about_it() -> None:
         "(0 more without a new checkpoint are borne)",
         "the workers do not start: no room; trying again",
         "waiting for machines: there is room for 1 of the 2 workers that are needed",
-        "going on with 3 workers instead of 4",
+        "going on with 1 worker instead of 4",
         "going on with 2 workers instead of 1",
         "going on with 2 workers instead of 1; no checkpoint was saved in time: "
         "some steps will be done again",

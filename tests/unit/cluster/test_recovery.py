@@ -52,7 +52,9 @@ def preempted() -> Exception:
         (group(r1=RankDiedError(1, 99, -9), r0=CLOSED), "killed", (0, 1), True, False),
         (group(r1=RankDiedError(1, 99, EXIT_HUNG), r0=CLOSED), "hung", (1,), True, False),
         (group(r0=WorkerHealthCheckTimeoutError("silent")), "hung", (0,), True, False),
-        (group(r0=CLOSED), "exception", (0,), True, False),
+        # The dead one's own end is noticed later.
+        (group(r0=CLOSED), "killed", (0,), True, False),
+        (group(r0=CLOSED, r1=OSError("disk")), "exception", (0, 1), True, False),
         (group(r0=OSError("disk")), "exception", (0,), True, False),
         (group(r0=CLOSED, r1=DATA), "exception", (0, 1), True, True),
         (group(r0=KeyError("x")), "exception", (0,), True, True),
