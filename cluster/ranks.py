@@ -209,6 +209,15 @@ def _trainer_loop() -> Callable[..., object]:
     return train
 
 
+def end_with_parent() -> None:
+    """End this process, a worker of Ray's, when the raylet that started it is gone.
+
+    Ray's workers look whether process 1 has inherited them. A subreaper may have instead, such as
+    the systemd of a user's session: then they would train on after the command was killed.
+    """
+    _end_with((os.getppid(),))
+
+
 def _end_with(pids: tuple[int, ...]) -> None:
     """End this process when one of ``pids`` is gone: a rank without its group is in the way."""
 

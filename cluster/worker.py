@@ -9,10 +9,10 @@ from typing import Any
 import ray
 from ray import cloudpickle
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.ranks import Place, RankServer, Task
+from cluster.ranks import Place, RankServer, Task, end_with_parent
 from trainer.control import HOLD_FILE
 
 # How often a supervisor looks whether its machine is to be given back.
@@ -26,6 +26,7 @@ def work(task: Task) -> None:
     """Supervise one rank of the group that Ray Train has set up around this process."""
     import ray.train
 
+    end_with_parent()
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     server = rank_server(task, ray.get_runtime_context().get_node_id())
@@ -45,7 +46,7 @@ def rank_server(task: Task, node_id: str) -> Any:
     The driver asks first for the machines that are there, the controller for those that come.
     """
     return (
-        ray.remote(RankServer)
+        ray.remote(_RankServer)
         .options(
             name=f"babelray-ranks-{task.run_dir.name}-{node_id}",
             get_if_exists=True,
@@ -55,6 +56,14 @@ def rank_server(task: Task, node_id: str) -> Any:
         )
         .remote(warm=task.config.recovery.standby)
     )
+
+
+class _RankServer(RankServer):
+    """As an actor."""
+
+    def __init__(self, *, warm: bool) -> None:
+        end_with_parent()
+        super().__init__(warm=warm)
 
 
 def _preempted() -> bool:
@@ -67,12 +76,16 @@ def _preempted() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-class ServersCallback(WorkerGroupCallback):  # type: ignore[misc]
+class ServersCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Starts rank servers on machines that are new to the run; runs in the controller."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._servers: dict[str, Any] = {}
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """The controller's own process; called once."""
+        end_with_parent()
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """A server on every machine of the group."""
