@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -116,6 +117,9 @@ def _play(fault: Fault, workspace: Workspace, reference: Reference, seed: int) -
             row = measure(fault.title, fault.play(stage), reference)
         except (SceneError, TimeoutError) as error:
             row.problems = [*(p for scene in stage.scenes for p in scene.problems), str(error)]
+        except Exception as error:  # the other faults are worth playing all the same
+            traceback.print_exc()
+            row.problems = [f"the harness failed: {error!r}"]
         if row.problems:
             for scene in stage.scenes:
                 print(f"\n{_tail(scene)}", file=sys.stderr)

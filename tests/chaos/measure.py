@@ -191,9 +191,10 @@ def _expect_newest_checkpoint(row: Row, play: Play, notes: Notes) -> None:
     """
     scene, moment = play.scene, play.moments[0]
     assert scene.committed is not None
-    names = [attempt.name for attempt in notes.attempts if attempt.began > moment]
-    resumed_at = min(update.step for update in notes.updates if update.attempt in names[:1])
-    done = 1 + max(update.step for update in notes.updates if update.attempt not in names)
+    later = {attempt.name for attempt in notes.attempts if attempt.began > moment}
+    done = 1 + max(update.step for update in notes.updates if update.attempt not in later)
+    # The first that came so far as to train.
+    resumed_at = next((update.step for update in notes.updates if update.attempt in later), done)
     scene.expect(
         resumed_at >= scene.committed,
         f"resumed from step {resumed_at}, though that of {scene.committed} was committed",
