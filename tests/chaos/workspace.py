@@ -33,9 +33,9 @@ LANES = 4
 # A step computes for some 15 ms; to a fixed pace, a random moment falls anywhere in a run.
 PACE_S = 0.04
 
-# Adam's epsilon is above the rounding errors of gradients that are zero but for those: with a smaller
-# one they become whole updates, and losses that another order of summation moved by 1e-7 are 5e-4
-# apart after 400 steps.
+# Adam's epsilon is above the rounding errors of gradients that are zero but for those. Below it,
+# they become whole updates, and losses that another order of summation moved by 1e-7 are 5e-4 apart
+# in the end.
 _CONFIG: dict[str, Any] = {
     "model": {
         "d_model": 32, "d_ff": 64, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 1,
