@@ -2,10 +2,10 @@
 
 Ray Train's own elastic policy counts what the cluster's ``AutoscalingCoordinator`` has reserved,
 which may be 20 s old, holds nodes that are about to go, and keeps what a controller that died had
-reserved for minutes. ``LivePolicy`` asks the cluster itself, knocks at each node's door before it
-starts a group (a node that was lost counts as alive until its heartbeats are missed), and keeps the
-group off the nodes that do not count. ``ResizeCallback`` has the ranks save a checkpoint first when
-a group that is well is to be resized.
+reserved for minutes. ``LiveElasticPolicy`` asks the cluster itself, knocks at each node's door
+before it starts a group (a node that was lost counts as alive until its heartbeats are missed), and
+keeps the group off the nodes that do not count. ``ResizeCallback`` has the ranks save a checkpoint
+first when a group that is well is to be resized.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _answers(door: tuple[str, int]) -> bool:
     return True
 
 
-class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
+class LiveElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     """As many workers as there is room for now, within ``scaling_config``'s bounds.
 
     Serves a fixed number, too: then it waits until there is room for all, and starts them at once

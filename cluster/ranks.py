@@ -70,6 +70,7 @@ class RankServer:
     """
 
     def __init__(self, *, warm: bool) -> None:
+        self._warm = warm
         self._context: Any = multiprocessing.get_context("forkserver" if warm else "spawn")
         # multiprocessing would run the main module anew in each child, which here is Ray's worker.
         sys.modules["__main__"].__dict__.pop("__file__", None)
@@ -78,6 +79,13 @@ class RankServer:
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
             self._context.set_forkserver_preload(["trainer.preload"])
             forkserver.ensure_running()
+
+    def ready(self) -> None:
+        """Return when a rank can be started as quickly as ever."""
+        if self._warm:
+            process = self._context.Process(target=os.getpid, daemon=True)
+            process.start()
+            process.join()
 
     def run(
         self, task: bytes, place: Place, environment: dict[str, str], supervisor_pid: int

@@ -34,7 +34,7 @@ from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_act
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
-from cluster.elastic import LivePolicy, Prepare, ResizeCallback, own_placement_groups
+from cluster.elastic import LiveElasticPolicy, Prepare, ResizeCallback, own_placement_groups
 from cluster.failures import (
     RankDiedError,
     StopRequested,
@@ -201,7 +201,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     Args:
         run_dir: the run's folder.
         recovery: how much is borne.
-        prepare: see ``LivePolicy``.
+        prepare: see ``LiveElasticPolicy``.
         *arguments, **named: of ``DataParallelTrainer``.
     """
 
@@ -218,7 +218,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_dir, recovery = self._run_dir, self._recovery
-        arguments["scaling_policy"] = LivePolicy(
+        arguments["scaling_policy"] = LiveElasticPolicy(
             self.scaling_config, run_dir, prepare=self._prepare
         )
         arguments["failure_policy"] = RunFailurePolicy(Judge(run_dir, recovery.max_failures))

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -248,7 +249,7 @@ class _Fit(threading.Thread):
         from ray.train import RunConfig as RayRunConfig
 
         from cluster.recovery import Trainer
-        from cluster.worker import RendezvousConfig, ServersCallback, work
+        from cluster.worker import RendezvousConfig, ServersCallback, prepare, work
 
         task, recovery = self._task, self._task.config.recovery
         # A Ray of our own hands its environment down. Elsewhere the workers need theirs set, at the
@@ -272,6 +273,7 @@ class _Fit(threading.Thread):
             ),
             run_dir=task.run_dir,
             recovery=recovery,
+            prepare=partial(prepare, task),
         )
 
 

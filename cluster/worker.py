@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,17 @@ def rank_server(task: Task, node_id: str) -> Any:
         )
         .remote(warm=task.config.recovery.standby)
     )
+
+
+def prepare(task: Task, node_id: str) -> Callable[[], bool]:
+    """Start a machine's server and keep it; the result tells whether it can start ranks quickly."""
+    server = rank_server(task, node_id)
+    ready = server.ready.remote()
+
+    def is_ready(server: Any = server) -> bool:
+        return bool(ray.wait([ready], timeout=0)[0])
+
+    return is_ready
 
 
 class _RankServer(RankServer):

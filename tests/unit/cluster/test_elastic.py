@@ -28,7 +28,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from cluster import elastic
-from cluster.elastic import LivePolicy, Prepare, ResizeCallback, View, view
+from cluster.elastic import LiveElasticPolicy, Prepare, ResizeCallback, View, view
 from cluster.failures import StopRequested, failures_path
 from trainer.config import STOP_FILE
 from trainer.control import HELD_FILE, HOLD_FILE
@@ -116,24 +116,24 @@ def policy(
     workers: int | tuple[int, int],
     cluster: Cluster,
     prepare: Prepare | None = None,
-) -> LivePolicy:
+) -> LiveElasticPolicy:
     config = ScalingConfig(
         num_workers=workers, resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0
     )
-    made = LivePolicy(
+    made = LiveElasticPolicy(
         config, run_dir, prepare=prepare, look=cluster.look, pause=lambda seconds: None
     )
     made._coordinator_client = Coordinator()
     return made
 
 
-def starts(made: LivePolicy) -> int | None:
+def starts(made: LiveElasticPolicy) -> int | None:
     decision = made.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision | NoopDecision)
     return getattr(decision, "num_workers", None)
 
 
-def resizes(made: LivePolicy, running: int) -> int | None:
+def resizes(made: LiveElasticPolicy, running: int) -> int | None:
     state = SimpleNamespace(start_time=float("-inf"), num_workers=running)
     decision = made.make_decision_for_running_worker_group(state, None)
     assert isinstance(decision, ResizeDecision | NoopDecision)
@@ -241,7 +241,7 @@ def test_a_stop_ends_the_wait(run_dir: Path) -> None:
 def test_the_next_controller_takes_over_what_this_one_asked_for(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LivePolicy, "_send_resource_request", lambda self: None)
+    monkeypatch.setattr(LiveElasticPolicy, "_send_resource_request", lambda self: None)
     made = policy(run_dir, 3, Cluster(0))
     made.after_controller_start(SimpleNamespace(run_id="of this controller"))
     assert made._requester_id == f"train-{run_dir}"
@@ -249,8 +249,8 @@ def test_the_next_controller_takes_over_what_this_one_asked_for(
 
 def test_the_policy_can_be_sent_to_the_controller(run_dir: Path) -> None:
     config = ScalingConfig(num_workers=(1, 3))
-    made = pickle.loads(pickle.dumps(LivePolicy(config, run_dir)))
-    assert isinstance(made, LivePolicy)
+    made = pickle.loads(pickle.dumps(LiveElasticPolicy(config, run_dir)))
+    assert isinstance(made, LiveElasticPolicy)
     assert not isinstance(made, FixedScalingPolicy)
 
 

@@ -79,6 +79,12 @@ def test_a_rank_returns_what_its_training_returns_and_keeps_a_log(
     assert f"rank 0 of 1, process {(tmp_path / 'returns/pid').read_text()}" in log
 
 
+def test_a_server_that_forks_nothing_is_ready_at_once(server: RankServer) -> None:
+    began = time.monotonic()
+    server.ready()
+    assert time.monotonic() - began < 0.5
+
+
 def test_a_rank_raises_what_its_training_raises(server: RankServer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^shard 3 is cut short$"):
         run(server, tmp_path / "raises")
