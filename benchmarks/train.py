@@ -81,8 +81,9 @@ def run_config(run_dir: Path) -> RunConfig:
 def train_ours(run_dir: Path, meter: Meter) -> None:
     """The trainer's own loop (plan, stream, DeepSpeed, events, metrics), stopped between turns."""
     from trainer.events import EventLog
-    from trainer.loop import Rank
+    from trainer.loop import Loop
     from trainer.metrics import Metrics
+    from trainer.rank import Rank
 
     class Events(EventLog):
         """Logs every step; the loop stands still while the meter waits for a turn."""
@@ -99,8 +100,9 @@ def train_ours(run_dir: Path, meter: Meter) -> None:
     one_rank(run_dir)
     config = run_config(run_dir)
     rank = Rank(config, run_dir, rank=0, world_size=1, local_rank=0)
+    rank.prepare()
     meter.start()
-    rank.run(Events(run_dir / "events.jsonl"), Metrics("benchmark", host="", port=0))
+    Loop(rank, Events(run_dir / "events.jsonl"), Metrics("benchmark", host="", port=0)).run()
 
 
 # The plain loop. It shares no code with the trainer, except for what reads the corpus.

@@ -131,10 +131,11 @@ class Saving:
         """
         while self.settle() != step:
             self.wanted = True
-            self.begin_if_wanted(state, step)
+            if not self.begin_if_wanted(state, step):
+                time.sleep(_POLL_S)  # until a retry is due
 
     def settle(self) -> int:
-        """Wait until no save is in flight, nor one put off (a collective).
+        """Wait until no save is in flight (a collective).
 
         Returns:
             The step of the newest checkpoint that this attempt has committed; -1 for none.
@@ -142,7 +143,7 @@ class Saving:
         while True:
             busy, *others = self._sum(self.flags())
             self.hear(busy, *others)
-            if not busy and (self._may_begin or not self.wanted):
+            if not busy:
                 return self._committed_step
             time.sleep(_POLL_S)
 

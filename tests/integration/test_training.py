@@ -229,24 +229,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
 
 def poisoned(config: RunConfig, run_dir: Path, **place: Any) -> str:
     """Trains; rank 1's losses of some steps are not numbers, as those in ``poison.json`` say."""
-    from trainer.loop import Rank, train
+    from trainer.loop import Loop, train
+    from trainer.rank import Rank
 
     steps = json.loads((run_dir.parent / "poison.json").read_text())
-    accumulate, loss_of = Rank._accumulate, Rank._loss
+    accumulate, loss_of = Loop._accumulate, Rank.loss
 
-    def note_step(self: Rank, batches: Any, clock_offset_s: float) -> Any:
-        self.poisoned = place["rank"] == 1 and batches.step + 1 in steps  # type: ignore[attr-defined]
+    def note_step(self: Loop, batches: Any, clock_offset_s: float) -> Any:
+        self.rank.poisoned = place["rank"] == 1 and batches.step + 1 in steps  # type: ignore[attr-defined]
         return accumulate(self, batches, clock_offset_s)
 
     def poison(self: Rank, *batch: Any) -> Any:
         loss, nll = loss_of(self, *batch)
         return (loss * float("nan"), nll) if getattr(self, "poisoned", False) else (loss, nll)
 
-    Rank._accumulate, Rank._loss = note_step, poison  # type: ignore[method-assign]
+    Loop._accumulate, Rank.loss = note_step, poison  # type: ignore[method-assign]
     try:
         return train(config, run_dir, **place)
     finally:
-        Rank._accumulate, Rank._loss = accumulate, loss_of  # type: ignore[method-assign]
+        Loop._accumulate, Rank.loss = accumulate, loss_of  # type: ignore[method-assign]
 
 
 def test_a_poisoned_step_is_skipped_on_all_ranks_and_a_series_leads_back(
@@ -286,20 +287,20 @@ def test_a_poisoned_step_is_skipped_on_all_ranks_and_a_series_leads_back(
 
 def held_at_7(config: RunConfig, run_dir: Path, **place: Any) -> str:
     """Trains; somebody asks for a handover while step 7 is made."""
-    from trainer.loop import Rank, train
+    from trainer.loop import Loop, train
 
-    accumulate = Rank._accumulate
+    accumulate = Loop._accumulate
 
-    def ask(self: Rank, batches: Any, clock_offset_s: float) -> Any:
+    def ask(self: Loop, batches: Any, clock_offset_s: float) -> Any:
         if batches.step + 1 == 7 and place["rank"] == 0:
             (run_dir / HOLD_FILE).touch()
         return accumulate(self, batches, clock_offset_s)
 
-    Rank._accumulate = ask  # type: ignore[method-assign]
+    Loop._accumulate = ask  # type: ignore[method-assign]
     try:
         return train(config, run_dir, **place)
     finally:
-        Rank._accumulate = accumulate  # type: ignore[method-assign]
+        Loop._accumulate = accumulate  # type: ignore[method-assign]
 
 
 def test_a_handover_saves_the_very_step_and_loses_none(data_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""One rank: its place among the others, and all that it trains with."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from data_shards.errors import RunFailedError
+from data_shards.manifest import Manifest
+from data_shards.plan import Plan
+from model.transformer import build
+from trainer.checkpoint import Checkpoints, check_settings
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.state import TrainState
+from trainer.validation import ValidationSet
+from trainer.watchdog import Watchdog
+
+# The watchdog can say more than torch about a rank that waits: torch's time-outs come after it.
+_COLLECTIVE_TIMEOUTS = 2.0
+
+
+class Rank:
+    """What one rank trains with, and how it agrees with the others.
+
+    Args:
+        config: the resolved configuration.
+        run_dir: the run's folder, shared by all ranks.
+        rank, world_size, local_rank: this process' place; the process group is initialised.
+
+    Attributes:
+        number: its place among the ``world_size`` ranks; the first decides and tells for all.
+        phase: what it is doing, for whoever asks what it hangs in.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, *, rank: int, world_size: int, local_rank: int
+    ) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.number, self.world_size = rank, world_size
+        self.phase = "starting"
+        self.watchdog = Watchdog(
+            config.recovery.hang_timeout_s, self._doing, rank=rank, dump_to=_log_stream()
+        )
+        self.device = _device(local_rank)
+        self.state = TrainState()
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0."""
+        return self.number == 0
+
+    def prepare(self) -> None:
+        """Load the corpus, make the model and the engine (a collective)."""
+        config = self.config
+        self.manifest = Manifest.load(config.data.folder())
+        self.plan = Plan.of(self.manifest, config.data, config.trainer.seed)
+        self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
+        torch.manual_seed(config.trainer.seed)
+        model = build(config.model, self.manifest.vocabulary_size)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.engine = Engine(
+            model.to(self.device),
+            config.trainer,
+            world_size=self.world_size,
+            device=self.device,
+            collective_timeout_s=_COLLECTIVE_TIMEOUTS * config.recovery.hang_timeout_s,
+        )
+        self.settings = _resume_settings(config, self.manifest, self.plan)
+        self.checkpoints = Checkpoints.of(self.run_dir, config.recovery)
+        self.token = f"{int(self._shared(secrets.randbits(32))):08x}"
+        if self.is_first:
+            self.checkpoints.begin_attempt(self.token)
+
+    def resume(self) -> dict[int, list[str]] | None:
+        """Go on from the newest trusted checkpoint (a collective).
+
+        Returns:
+            The newer ones that were passed over, and why (rank 0); None if there is no checkpoint.
+
+        Raises:
+            UserError: the checkpoint belongs to another configuration.
+            RunFailedError: there are checkpoints, but none can be trusted.
+        """
+        self.phase = "reading a checkpoint"
+        step, passed_over = self.find_trusted()
+        if step is None:
+            return None
+        self.state = self.load(step)
+        return passed_over
+
+    def find_trusted(self, before: int | None = None) -> tuple[int | None, dict[int, list[str]]]:
+        """The newest checkpoint that verifies, up to ``before`` (a collective).
+
+        Rank 0 looks; all ranks must take the same one, or meet the same error.
+
+        Returns:
+            Its step, None if there is none, and (rank 0) the newer ones that do not, with why.
+        """
+        step, error = -1, None
+        passed_over: dict[int, list[str]] = {}
+        if self.is_first:
+            try:
+                found, passed_over = self.checkpoints.find_trusted(before)
+                step = -1 if found is None else found
+            except RunFailedError as failure:
+                step, error = -2, failure
+        step = int(self._shared(step))
+        if step == -2:
+            raise error or RunFailedError("no checkpoint of this run can be trusted (see rank 0)")
+        return (None if step < 0 else step), passed_over
+
+    def load(self, step: int) -> TrainState:
+        """Weights and optimizer of a checkpoint into the engine (a collective); its state."""
+        with self.checkpoints.open(step) as reader:
+            described = reader.state
+            where = self.checkpoints.where(step)
+            check_settings(where, described["settings"], self.settings)
+            self.engine.restore(reader.read, described["optimizer"])
+        return TrainState.from_json(described)
+
+    def loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """``(loss_sum, nll_sum)`` of one micro-batch of CPU tensors."""
+        moved = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        return self.engine(*moved, self.config.trainer.label_smoothing)
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """The sum over all ranks of a few numbers; shows that all of them are alive."""
+        self.watchdog.beat()
+        if self.world_size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def _shared(self, number: int) -> float:
+        """Rank 0's number on all ranks; exact below 2**53."""
+        [shared] = self.sum([float(number) if self.is_first else 0.0])
+        return shared
+
+    def _doing(self) -> str:
+        return f"after step {self.state.step}, {self.phase}"
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _log_stream() -> TextIO | None:
+    """The file that this rank logs to, if it is one."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            return handler.stream
+    return None
+
+
+def _resume_settings(config: RunConfig, manifest: Manifest, plan: Plan) -> dict[str, Any]:
+    """What decides weights and data order: unchanged over a resume."""
+    trainer, data = config.trainer, config.data
+    return {
+        **{f"model.{name}": value for name, value in config.model.model_dump().items()},
+        "data": manifest.sha256,
+        "data.lanes": data.lanes,
+        "data.tokens_per_step": data.tokens_per_step,
+        "data.window_pairs": data.window_pairs,
+        "trainer.seed": trainer.seed,
+        "plan": plan.digest,
+        "precision": trainer.precision,
+    }
