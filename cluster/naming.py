@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
-from trainer.config import RunConfig, load_config, parse_config
+from trainer.config import RecoveryConfig, RunConfig, load_config, parse_config
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -101,6 +101,10 @@ def open_run(
     if resume:
         if name is None:
             raise UserError("--resume needs the run: give --name RUN")
+        if config_file is not None and not (runs / name / "config.json").is_file():
+            config = absolute(load_config(config_file, settings))
+            if _stored_elsewhere(runs / name, config.recovery):
+                return config, name  # another machine's run; its checkpoints know what they need
         stored_file = find_run(name, runs) / "config.json"
         stored = _read(stored_file)
         config = absolute(load_config(config_file or stored_file, settings))
@@ -112,7 +116,10 @@ def open_run(
     if name is None:
         return config, new_name(config_file)
     taken = runs / name
-    if not overwrite and any((taken / kept).exists() for kept in ("config.json", "checkpoints")):
+    if not overwrite and (
+        any((taken / kept).exists() for kept in ("config.json", "checkpoints"))
+        or _stored_elsewhere(taken, config.recovery)
+    ):
         raise UserError(
             f"the run {name} exists already ({taken}): continue it with --resume, "
             "choose another --name, or begin anew with --overwrite"
@@ -140,7 +147,7 @@ def check_resume(stored: RunConfig, new: RunConfig, *, name: str) -> None:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The same configuration with the data folders' paths made absolute.
+    """The same configuration with the paths of data and checkpoints made absolute.
 
     Workers and later commands may run in another working directory.
     """
@@ -150,7 +157,18 @@ def absolute(config: RunConfig) -> RunConfig:
         for key in ("root", "dir", "cache_dir")
         if (value := getattr(data, key)) is not None
     }
-    return config.model_copy(update={"data": data.model_copy(update=paths)})
+    recovery = config.recovery
+    places: dict[str, object] = {}
+    if recovery.staging is not None:
+        places["staging"] = Path(os.path.abspath(recovery.staging))
+    if recovery.storage is not None and "://" not in recovery.storage:
+        places["storage"] = os.path.abspath(recovery.storage)
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update=paths),
+            "recovery": recovery.model_copy(update=places),
+        }
+    )
 
 
 def write_config(config: RunConfig, run_dir: Path) -> None:
@@ -164,13 +182,26 @@ def write_config(config: RunConfig, run_dir: Path) -> None:
     temporary.replace(run_dir / "config.json")
 
 
-def clear(run_dir: Path) -> None:
-    """Remove what an earlier run left in a folder that is claimed."""
+def clear(run_dir: Path, recovery: RecoveryConfig) -> None:
+    """Remove what an earlier run left in a folder that is claimed, and in its storage."""
+    if recovery.storage is not None:
+        from trainer.checkpoint import Checkpoints
+
+        Checkpoints.of(run_dir, recovery).clear()
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _LOCK:
             path.unlink()
+
+
+def _stored_elsewhere(run_dir: Path, recovery: RecoveryConfig) -> bool:
+    """Whether the storage holds checkpoints of a run of this name, which workers would take."""
+    if recovery.storage is None:
+        return False
+    from trainer.checkpoint import Checkpoints  # imports torch, which takes a second or two
+
+    return bool(Checkpoints.of(run_dir, recovery).committed())
 
 
 def logs_dir(run_dir: Path) -> Path:

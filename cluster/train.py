@@ -86,7 +86,7 @@ def start(
         )
     with claim(run_dir):
         if overwrite:
-            clear(run_dir)
+            clear(run_dir, config.recovery)
         logs_dir(run_dir).mkdir(exist_ok=True)
         stop_file = run_dir / STOP_FILE
         stop_file.unlink(missing_ok=True)

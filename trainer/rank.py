@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,8 +76,7 @@ class Rank:
         self.settings = _resume_settings(config, self.manifest, self.plan)
         self.checkpoints = Checkpoints.of(self.run_dir, config.recovery)
         self.token = f"{int(self._shared(secrets.randbits(32))):08x}"
-        if self.is_first:
-            self.checkpoints.begin_attempt(self.token)
+        self._agree(lambda: self.checkpoints.begin_attempt(self.token))
 
     def resume(self) -> dict[int, list[str]] | None:
         """Go on from the newest trusted checkpoint (a collective).
@@ -103,18 +103,27 @@ class Rank:
         Returns:
             Its step, None if there is none, and (rank 0) the newer ones that do not, with why.
         """
-        step, error = -1, None
+        found: int | None = None
         passed_over: dict[int, list[str]] = {}
+
+        def look() -> None:
+            nonlocal found, passed_over
+            found, passed_over = self.checkpoints.find_trusted(before)
+
+        self._agree(look)
+        step = int(self._shared(-1 if found is None else found))
+        return (None if step < 0 else step), passed_over
+
+    def _agree(self, work: Callable[[], None]) -> None:
+        """Rank 0 does something for all; if it fails, all do (a collective)."""
+        error: RunFailedError | None = None
         if self.is_first:
             try:
-                found, passed_over = self.checkpoints.find_trusted(before)
-                step = -1 if found is None else found
+                work()
             except RunFailedError as failure:
-                step, error = -2, failure
-        step = int(self._shared(step))
-        if step == -2:
-            raise error or RunFailedError("no checkpoint of this run can be trusted (see rank 0)")
-        return (None if step < 0 else step), passed_over
+                error = failure
+        if self._shared(error is not None):
+            raise error or RunFailedError("rank 0 could not go on: see its log")
 
     def load(self, step: int) -> TrainState:
         """Weights and optimizer of a checkpoint into the engine (a collective); its state."""

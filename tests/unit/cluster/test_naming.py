@@ -11,7 +11,7 @@ import pytest
 
 from cluster import naming
 from data_shards.errors import UserError
-from trainer.config import RunConfig, load_config
+from trainer.config import RecoveryConfig, RunConfig, load_config
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
 
@@ -81,8 +81,34 @@ def test_overwrite_takes_the_name_and_clears_all_but_the_lock(tmp_path: Path) ->
     (run / "checkpoints" / "step-1").mkdir(parents=True)
     open_tiny(tmp_path, overwrite=True)
     with naming.claim(run):
-        naming.clear(run)
+        naming.clear(run, RecoveryConfig())
         assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_checkpoints_in_another_storage_belong_to_the_run(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    setting = f"recovery.storage={storage}"
+    open_tiny(tmp_path, setting)  # nothing there yet
+    step = storage / "one" / "checkpoints" / "step-00000005"
+    step.mkdir(parents=True)
+    (step / "COMMIT").write_text("0\n")
+    with pytest.raises(UserError, match="exists already"):
+        open_tiny(tmp_path, setting)
+    # A machine that has nothing but the configuration goes on with it.
+    config, name = naming.open_run(TINY, (setting,), "one", runs=tmp_path, resume=True)
+    assert (config.recovery.storage, name) == (str(storage), "one")
+    config = open_tiny(tmp_path, setting, overwrite=True)
+    run = tmp_path / "one"
+    with naming.claim(run):
+        naming.clear(run, config.recovery)
+    assert not step.exists()
+
+
+def test_the_places_of_checkpoints_are_absolute_unless_they_are_urls(tmp_path: Path) -> None:
+    config = open_tiny(tmp_path, "recovery.storage=there", "recovery.staging=fast")
+    assert config.recovery.storage == str(Path.cwd() / "there")
+    assert config.recovery.staging == Path.cwd() / "fast"
+    assert open_tiny(tmp_path, "recovery.storage=file:///x").recovery.storage == "file:///x"
 
 
 def test_resume_without_a_name(tmp_path: Path) -> None:
