@@ -118,6 +118,8 @@ def nodes() -> Iterator[Nodes]:
         for name, value in {**session._ENVIRONMENT, **HEARTBEATS}.items():
             patch.setenv(name, value)
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        # Its actor asks the dashboard, and waits half a minute for one that is not there.
+        patch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         patch.delenv("RAY_ADDRESS", raising=False)
         cluster = Nodes()
