@@ -159,10 +159,8 @@ class Narrator:
         return f"failed: {message}; restarting from the last checkpoint{bears}"
 
     def _waiting(self, event: dict[str, Any]) -> str:
-        return (
-            f"waiting for machines: there is room for {event.get('room')} of the "
-            f"{event.get('needed')} workers that are needed"
-        )
+        room, needed = event.get("room"), event.get("needed")
+        return f"waiting for machines: room for {room} of at least {needed} workers"
 
     def _resized(self, event: dict[str, Any]) -> str:
         number = event.get("to")

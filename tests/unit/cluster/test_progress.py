@@ -153,7 +153,7 @@ def test_what_failed_and_what_is_done_about_it() -> None:
         "failed: rank 0: gone; restarting from the last checkpoint "
         "(0 more without a new checkpoint are borne)",
         "the workers do not start: no room; trying again",
-        "waiting for machines: there is room for 1 of the 2 workers that are needed",
+        "waiting for machines: room for 1 of at least 2 workers",
         "going on with 1 worker instead of 4",
         "going on with 2 workers instead of 1",
         "going on with 2 workers instead of 1; no checkpoint was saved in time: "
