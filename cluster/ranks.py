@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+# How long a rank may take to end once its supervisor is gone.
+_LAST_WORDS_S = 1.0
+
 # torch.distributed's own time-outs come after the watchdog, which can say more.
 _COLLECTIVE_TIMEOUTS = 2.0
 
@@ -110,7 +113,9 @@ class RankServer:
         process.start()
         sender.close()  # so that the process' death ends the pipe
         try:
-            wait([receiver])
+            _wait_beside(receiver, supervisor_pid)
+            if not receiver.poll(_LAST_WORDS_S):
+                process.kill()  # it hangs so that it does not see its supervisor's end itself
             outcome = _receive(receiver)
         finally:
             receiver.close()
@@ -121,6 +126,20 @@ class RankServer:
         if not succeeded:
             raise value
         return value
+
+
+def _wait_beside(receiver: Connection, pid: int) -> None:
+    """Wait until there is something to receive, or the process is gone."""
+    try:
+        handle = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, or an old kernel, or gone already
+        while not receiver.poll(_LAST_WORDS_S) and _is_alive(pid):
+            pass
+        return
+    try:
+        wait([receiver, handle])
+    finally:
+        os.close(handle)
 
 
 def _receive(receiver: Connection) -> tuple[bool, Any] | None:

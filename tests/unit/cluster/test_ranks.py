@@ -101,7 +101,8 @@ def test_a_rank_that_is_killed_is_told_with_its_signal(server: RankServer, tmp_p
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_a_rank_ends_with_its_supervisor(server: RankServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_rank_ends_with_its_supervisor(server: RankServer, tmp_path: Path, hangs: bool) -> None:
     supervisor = subprocess.Popen(["sleep", "100"])
     errors: list[BaseException] = []
 
@@ -117,6 +118,8 @@ def test_a_rank_ends_with_its_supervisor(server: RankServer, tmp_path: Path) -> 
     while not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.05)
     rank = psutil.Process(int(pid_file.read_text()))
+    if hangs:
+        rank.suspend()  # it cannot end itself
     supervisor.kill()
     supervisor.wait()
     waiting.join(timeout=10)
