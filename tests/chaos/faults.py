@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,9 @@ def disk_full(stage: Stage) -> Play:
 
 
 def _fill(file: Path) -> None:
-    with file.open("wb") as stream:
-        for size in (1 << 16, 1):  # to the last byte
-            try:
-                while True:
-                    stream.write(b"\0" * size)
-                    stream.flush()
-            except OSError:
-                continue
+    with file.open("wb", buffering=0) as stream, suppress(OSError):  # it is full
+        while True:
+            stream.write(b"\0" * 4096)
 
 
 @fault("newest checkpoint cut short, driver killed, then --resume")
