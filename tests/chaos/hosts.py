@@ -153,7 +153,7 @@ class Network:
         """Start Ray, one CPU a host; comes back when the cluster knows of all of them.
 
         Raises:
-            TimeoutError: one did not come up; its log is in the folder.
+            TimeoutError: one did not come up; with the end of its log.
         """
         before = self.nodes() if self._observer else {}
         for host in hosts:
@@ -162,15 +162,17 @@ class Network:
         for host in hosts:
             while self.nodes().get(host.address) in {None, before.get(host.address)}:
                 if time.monotonic() > deadline or _has_ended(host):
-                    raise TimeoutError(f"Ray did not come up on {host.name}: {self._log(host)}")
+                    raise TimeoutError(f"no Ray on {host.name}: {_last_words(self._log(host))}")
                 time.sleep(0.1)
 
     def _start(self, host: Host) -> None:
         is_head = host.number == 0
         place = [f"--node-ip-address={host.address}", "--num-cpus=1", "--num-gpus=0", "--block"]
+        # Nodes that start at the same time take each other's names in a folder that they share.
+        place += [f"--temp-dir={self._folder / f'ray{host.number}'}"]
         place += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
         if is_head:
-            place += ["--head", f"--port={_GCS_PORT}", f"--temp-dir={self._folder / 'ray'}"]
+            place += ["--head", f"--port={_GCS_PORT}"]
             place += [f"--dashboard-host={host.address}", "--include-dashboard=true"]
         else:
             place += [f"--address={self.address}"]
@@ -256,6 +258,10 @@ class Network:
 
 def _has_ended(host: Host) -> bool:
     return host.node is None or host.node.poll() is not None
+
+
+def _last_words(log: Path) -> str:
+    return " / ".join(log.read_text(errors="replace").strip().splitlines()[-6:])
 
 
 def _port(host: Host) -> str:
