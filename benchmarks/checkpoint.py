@@ -40,7 +40,7 @@ from trainer.config import RunConfig, TrainerConfig
 
 GOAL = 0.01
 # Steps, and steps between saves: long enough that a save is over before the next.
-_LENGTHS = {"tiny": (240, 40), "base": (16, 4)}
+_LENGTHS = {"tiny": (120, 20), "base": (15, 3)}
 
 
 def run_config(model: str, data: DataConfig, precision: str) -> RunConfig:
@@ -122,7 +122,9 @@ def main() -> None:
     print(f"{'':<12}{'MB':>7}{'step s':>9}{'save s':>9}{'stall s':>9}{'drag s':>9}{'share':>9}")
     with tempfile.TemporaryDirectory(prefix="babelray-checkpoint-") as scratch:
         root = Path(scratch)
-        data = corpus_config(arguments.corpora, root / "data", vocabulary_size=8000, lanes=2)
+        data = corpus_config(
+            arguments.corpora, root / "data", vocabulary_size=8000, lanes=2, tokens_per_step=4096
+        )
         prepare(data)
         for model, precision in (("tiny", "fp32"), ("tiny", "bf16"), ("base", "bf16")):
             run_dir = root / f"{model}-{precision}"

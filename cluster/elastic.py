@@ -331,10 +331,11 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
 
     def _hold(self) -> int | None:
         """Ask the ranks to save; the step of their checkpoint, None if there was none in time."""
-        (self._run_dir / HOLD_FILE).touch()
         deadline = time.monotonic() + self._grace_s
         is_over = False
         while not is_over:
+            # Again and again: ranks that are just starting remove the file as an old one.
+            (self._run_dir / HOLD_FILE).touch()
             status = self._group.poll_status(timeout=_SETTLE_S)
             is_over = bool(
                 status.errors or status.finished or time.monotonic() > deadline

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.naming import logs_dir
 from data_shards.errors import UserError
+from trainer.storage import StorageError
 from trainer.watchdog import EXIT_HUNG
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def hopeless(errors: Iterable[BaseException]) -> BaseException | None:
     """The error that a restart of the workers would meet again, if there is one."""
     errors = list(errors)
     for error in errors:
-        if isinstance(error, UserError):
+        # A disk or a storage that fails may be well again by the next attempt.
+        if isinstance(error, UserError) and not isinstance(error, StorageError):
             return error
     if any(_is_dead(error) for error in errors):
         return None  # whatever the others met followed from it

@@ -104,7 +104,7 @@ def open_run(
         if config_file is not None and not (runs / name / "config.json").is_file():
             config = absolute(load_config(config_file, settings))
             if _stored_elsewhere(runs / name, config.recovery):
-                return config, name  # another machine's run; its checkpoints know what they need
+                return config, name  # another machine's run, known by its checkpoints
         stored_file = find_run(name, runs) / "config.json"
         stored = _read(stored_file)
         config = absolute(load_config(config_file or stored_file, settings))

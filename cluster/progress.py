@@ -122,9 +122,10 @@ class Narrator:
         return f"{passed_over}resumed from step {event.get('step')}"
 
     def _save_failed(self, event: dict[str, Any]) -> str:
-        return (
-            f"step {event['step']:>6}  checkpoint NOT saved: {event.get('error')}; "
-            f"trying again in {_number(event.get('retry_seconds'), '.0f')} s"
+        return f"step {event['step']:>6}  checkpoint NOT saved: {event.get('error')}" + (
+            f"; trying again in {event['retry_seconds']:.0f} s"
+            if event.get("retry_seconds")
+            else ""
         )
 
     def _skipped(self, event: dict[str, Any]) -> str:

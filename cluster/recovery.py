@@ -106,7 +106,10 @@ def _diagnose_group(failures: dict[int, BaseException]) -> Diagnosis:
         return Diagnosis("preempted", text, preempted, charged=False)
     hung = tuple(rank for rank in ranks if _has_hung(failures[rank]))
     if hung:
-        text = f"rank {_listed(hung)} did not go on; its stack is in its log, if it could write"
+        text = (
+            f"rank {_listed(hung)} waited in vain, for itself or for another rank; its stacks are "
+            "in its log"
+        )
         return Diagnosis("hung", text, hung)
     is_dead = any(isinstance(error, RankDiedError | RayActorError) for error in map(_inner, errors))
     is_killed = is_dead or all(is_broken_connection(error) for error in errors)

@@ -102,10 +102,9 @@ class ServersCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
     def after_worker_group_start(self, worker_group: Any) -> None:
         """A server on every machine of the group."""
         nodes = {worker.metadata.node_id for worker in worker_group.get_workers()}
-        # Those of machines that are gone go too; those kept stay alive through their handles.
-        self._servers = {
-            node: self._servers.get(node) or rank_server(self._task, node) for node in nodes
-        }
+        # Those of machines that are gone go too; those kept stay alive through their handles. Asked
+        # for each time, so that one that has died is replaced.
+        self._servers = {node: rank_server(self._task, node) for node in nodes}
 
 
 class _Rendezvous(Backend):  # type: ignore[misc]

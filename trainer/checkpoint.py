@@ -228,8 +228,14 @@ class Checkpoints:
 
         Rank 0 calls it before any rank saves.
         """
-        self.storage.write(_ATTEMPT, json.dumps({"token": token}).encode())
-        self.clean(token)
+        attempt = json.dumps({"token": token}).encode()
+        try:
+            self.storage.write(_ATTEMPT, attempt)
+        except StorageError:
+            self.clean(token)  # a disk may be full of what is cleared away here
+            self.storage.write(_ATTEMPT, attempt)
+        else:
+            self.clean(token)
 
     def is_attempt(self, token: str) -> bool:
         """Whether no newer attempt has begun."""

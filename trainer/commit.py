@@ -113,6 +113,8 @@ class Commit:
 
     def tidy(self, *, keep: int, best: int | None) -> None:
         """After the commit: note the best; remove what was needed on the way only, and the old."""
+        if not self._checkpoints.is_attempt(self._token):
+            return  # what lies there is a newer attempt's by now
         if best is not None and best in self._checkpoints.committed() and best != self._best():
             self._checkpoints.set_best(best, json.loads(self._state).get("best_nll"))
         self._checkpoints.clean(None)
@@ -162,7 +164,7 @@ class Commit:
             with self._checkpoints.open(step) as reader:
                 found = [
                     f"its {name} is another"
-                    for name in ("step", "data_hash", "settings")
+                    for name in ("step", "data_hash", "settings", "guard")
                     if reader.state.get(name) != state.get(name)
                 ]
         where = self._checkpoints.where(step)

@@ -13,6 +13,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+# Never logged again by a resume from after them, and what an audit counts on.
+_LASTING = frozenset({"skipped", "rewound"})
 # Lines kept for later while the disk takes none.
 _MAX_PENDING = 10_000
 
@@ -20,7 +22,7 @@ _MAX_PENDING = 10_000
 class EventLog:
     """Appends events to a run's file, each as one line that is written at once.
 
-    A disk that is full loses the run nothing: the lines wait until there is space again.
+    While the disk is full the lines wait, as long as this process lives.
     """
 
     def __init__(self, file: Path) -> None:
@@ -37,6 +39,11 @@ class EventLog:
         line = {"event": event, **{name: _plain(value) for name, value in values.items()}}
         line["time"] = round(time.time(), 3)
         self._pending.append(json.dumps(line).encode() + b"\n")
+        self._flush()
+        if event in _LASTING and not self._pending:
+            os.fsync(self._descriptor)
+
+    def _flush(self) -> None:
         try:
             while self._pending:
                 self._append(self._pending[0])
@@ -57,7 +64,10 @@ class EventLog:
         self._is_torn = False
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits, if that can be, and close the file."""
+        self._flush()
+        if self._pending:
+            log.error("%s: %d lines are lost, the disk is full", self._file, len(self._pending))
         os.close(self._descriptor)
 
 

@@ -40,6 +40,7 @@ class GuardState:
         streak_start: the first of them; None when ``streak`` is 0.
         skipped: steps not trained on since the run began, overflows of fp16 included.
         rewinds: times that the run went back to a checkpoint's weights.
+        rewound_to: the checkpoint of the last rewind, while nothing was trained since.
     """
 
     mean: float | None = None
@@ -48,6 +49,7 @@ class GuardState:
     streak_start: int | None = None
     skipped: int = 0
     rewinds: int = 0
+    rewound_to: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; floats survive JSON exactly (Python writes the shortest exact form)."""
@@ -109,6 +111,7 @@ class Guard:
         before = loss if state.mean is None else state.mean
         state.mean = before + weight * (loss - before)
         state.streak, state.streak_start = 0, None
+        state.rewound_to = None
 
     def skipped(self, step: int, reason: Reason) -> Action:
         """The step was not trained on: count it, and say what follows.
@@ -132,15 +135,27 @@ class Guard:
             return "rewind"
         return "stop"
 
-    def rewound(self, saved: GuardState) -> None:
+    def newest_to_try(self) -> int:
+        """The last step whose checkpoint a rewind may go back to.
+
+        From before the trouble; and if the last rewind has not helped, from before that one, too.
+        """
+        state = self.state
+        assert state.streak_start is not None
+        steps = [state.streak_start, *([state.rewound_to] if state.rewound_to is not None else [])]
+        return min(steps) - 1
+
+    def rewound(self, saved: GuardState, to_step: int) -> None:
         """The weights are a checkpoint's again: so is the habit that new losses are judged by.
 
         The counts go on: they belong to the run, whose data goes forward through a rewind.
 
         Args:
             saved: the guard's state in that checkpoint; ``GuardState()`` for the run's beginning.
+            to_step: that checkpoint's step.
         """
         state = self.state
         state.mean, state.updates = saved.mean, saved.updates
         state.streak, state.streak_start = 0, None
         state.rewinds += 1
+        state.rewound_to = to_step

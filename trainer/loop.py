@@ -96,7 +96,9 @@ class Loop:
         self.saving = Saving(
             saver,
             recovery,
-            is_first=self.rank.is_first,
+            rank=self.rank.number,
+            hang_s=recovery.hang_timeout_s,
+            beat=self.rank.watchdog.beat,
             sum_over_ranks=self.rank.sum,
             saved=self.reporter.saved,
             failed=self.reporter.save_failed,
@@ -140,7 +142,7 @@ class Loop:
                 if improved or state.step % config.checkpoint_every == 0:
                     self.saving.wanted = True
                 if improved:
-                    self.saving.settle()  # so that it is these very weights that are saved
+                    self.saving.make_way()  # so that it is these very weights that are saved
                 if reason or totals.hold_requested:
                     self.rank.phase = "saving"
                     self.saving.save_now(self._described, state.step)
@@ -254,15 +256,13 @@ class Loop:
 
     def _rewind(self) -> None:
         """Back to the weights of before the trouble; the data goes on, what is between is left."""
-        start = self.guard.state.streak_start
-        assert start is not None
         self.rank.phase = "going back to a checkpoint"
         self.saving.settle()
-        found, _ = self.rank.find_trusted(before=start - 1)
+        found, _ = self.rank.find_trusted(before=self.guard.newest_to_try())
         if found is None:
             raise self._diverged("and there is no checkpoint from before them to go back to")
         saved = self.rank.load(found)
-        self.guard.rewound(saved.guard)
+        self.guard.rewound(saved.guard, found)
         self.engine.train()
         # So that the decision lasts: a crash from here on must not meet the same trouble again.
         self.saving.wanted = True

@@ -19,6 +19,7 @@ from model.transformer import build
 from trainer.checkpoint import Checkpoints, check_settings
 from trainer.config import RunConfig
 from trainer.engine import Engine
+from trainer.run import read_events
 from trainer.state import TrainState
 from trainer.validation import ValidationSet
 from trainer.watchdog import Watchdog
@@ -91,6 +92,7 @@ class Rank:
         self.phase = "reading a checkpoint"
         step, passed_over = self.find_trusted()
         if step is None:
+            self._agree(self._check_fresh)
             return None
         self.state = self.load(step)
         return passed_over
@@ -110,9 +112,20 @@ class Rank:
             nonlocal found, passed_over
             found, passed_over = self.checkpoints.find_trusted(before)
 
-        self._agree(look)
-        step = int(self._shared(-1 if found is None else found))
+        with self.watchdog.paused():  # hashing and fetching take as long as they take
+            self._agree(look)
+            step = int(self._shared(-1 if found is None else found))
         return (None if step < 0 else step), passed_over
+
+    def _check_fresh(self) -> None:
+        """No checkpoint: then the run must not have had one, or it would begin anew unasked."""
+        saved = [e["step"] for e in read_events(self.run_dir) if e["event"] == "checkpoint"]
+        if saved:
+            raise RunFailedError(
+                f"the run's log tells of checkpoints, the last of step {saved[-1]}, but there is "
+                f"none in {self.checkpoints.home}: mount or name the place where they are "
+                "(recovery.storage), or begin anew with --overwrite"
+            )
 
     def _agree(self, work: Callable[[], None]) -> None:
         """Rank 0 does something for all; if it fails, all do (a collective)."""
@@ -127,7 +140,7 @@ class Rank:
 
     def load(self, step: int) -> TrainState:
         """Weights and optimizer of a checkpoint into the engine (a collective); its state."""
-        with self.checkpoints.open(step) as reader:
+        with self.watchdog.paused(), self.checkpoints.open(step) as reader:
             described = reader.state
             where = self.checkpoints.where(step)
             check_settings(where, described["settings"], self.settings)
@@ -140,8 +153,7 @@ class Rank:
         return self.engine(*moved, self.config.trainer.label_smoothing)
 
     def sum(self, numbers: list[float]) -> list[float]:
-        """The sum over all ranks of a few numbers; shows that all of them are alive."""
-        self.watchdog.beat()
+        """The sum over all ranks of a few numbers."""
         if self.world_size == 1:
             return numbers
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)

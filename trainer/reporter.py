@@ -218,10 +218,13 @@ class Reporter:
             self._metrics.checkpoint_seconds.observe(saved.seconds)
             self._metrics.checkpoint_stall_seconds.inc(stall_s)
 
-    def save_failed(self, step: int, why: str, wait_s: float) -> None:
-        """After a checkpoint could not be written; it is tried again in ``wait_s`` seconds."""
+    def save_failed(self, step: int, why: str, wait_s: float | None) -> None:
+        """After a checkpoint could not be written; it is tried again in ``wait_s`` seconds.
+
+        None where it has not ended at all.
+        """
         if self._events is not None:
-            self._events.write("save_failed", step=step, error=why, retry_seconds=round(wait_s, 1))
+            self._events.write("save_failed", step=step, error=why, retry_seconds=wait_s)
         if self._metrics is not None:
             self._metrics.checkpoint_failures.inc()
 

@@ -86,6 +86,7 @@ class Saver:
         self._staging = checkpoints.staging(staging)
         self._buffers = _host_buffers(engine.fragments())
         self._num_saves = 0
+        self._has_told = False  # a receipt, of the save under way
         self._publication: Publication | None = None
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
@@ -114,6 +115,7 @@ class Saver:
         began = time.monotonic()
         self._saved = None
         self._num_saves += 1
+        self._has_told = False
         self._publication = publication = Publication(
             self._checkpoints,
             self._staging,
@@ -141,7 +143,7 @@ class Saver:
             discard = commit.discard
         else:
             save = partial(self._save_other, publication, pieces)
-            discard = partial(publication.remove_parts, [self._rank])
+            discard = partial(self._discard_other, publication)
         self._thread = threading.Thread(
             target=self._run,
             args=(publication, began, save, discard),
@@ -223,8 +225,14 @@ class Saver:
             "fragments": [(piece.name, piece.start, piece.length) for piece in pieces],
         }
         name = publication.path(publication.name(RECEIPT, self._rank))
+        self._has_told = True
         publication.storage.write(name, json.dumps(receipt).encode())
         return int(weights["bytes"]) + int(moments["bytes"])
+
+    def _discard_other(self, publication: Publication) -> None:
+        """Remove what this rank has published, unless rank 0 may have committed it by now."""
+        if not self._has_told:
+            publication.remove_parts([self._rank])
 
     def _save_first(
         self, publication: Publication, pieces: list[Piece], commit: Commit, best: int | None

@@ -19,7 +19,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
@@ -91,14 +92,15 @@ class Watchdog:
         """The rank makes progress. Costs nothing: one attribute is written."""
         self._last_beat = time.monotonic()
 
-    def pause(self) -> None:
-        """A wait begins that may rightly be long; only a held GIL is still noticed."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For a wait that may rightly be long; only a held GIL is still noticed."""
         self._paused = True
-
-    def resume(self) -> None:
-        """The wait is over."""
-        self.beat()
-        self._paused = False
+        try:
+            yield
+        finally:
+            self.beat()
+            self._paused = False
 
     def _watch(self) -> None:
         while not self._done.wait(self._tick_s):

@@ -315,6 +315,19 @@ def test_a_handover_saves_the_very_step_and_loses_none(data_root: Path, tmp_path
     assert not (run_dir / HOLD_FILE).exists()
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_unasked(
+    data_root: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_ranks(2, [Job(make_config(data_root, max_steps=2), run_dir)])
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    before = events(run_dir)
+    [outcome] = run_ranks(2, [Job(make_config(data_root, max_steps=4), run_dir, resume=True)])
+    assert outcome.startswith("RunFailedError: the run's log tells of checkpoints, the last of")
+    assert "--overwrite" in outcome
+    assert events(run_dir) == before
+
+
 def test_early_stopping_and_the_clock_end_a_run_alike_on_all_ranks(
     data_root: Path, tmp_path: Path
 ) -> None:

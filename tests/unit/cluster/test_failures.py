@@ -21,6 +21,7 @@ from cluster.failures import (
     summarize,
 )
 from data_shards.errors import DataError, RunFailedError
+from trainer.storage import StorageError
 
 DATA = DataError("shards/train-000000.tar is cut short: prepare it again")
 DEAD = WorkerHealthCheckFailedError("Worker died", ActorDiedError())
@@ -102,3 +103,9 @@ def test_what_cannot_be_noted_ends_nothing(
 ) -> None:
     note(tmp_path / "gone", "waiting", room=1)
     assert "not noted" in caplog.text
+
+
+def test_a_storage_that_fails_is_no_reason_to_give_up_at_once() -> None:
+    assert hopeless([StorageError("cannot write there: no space left")]) is None
+    lasting = RunFailedError("5 checkpoints in a row could not be written")
+    assert hopeless([StorageError("likewise"), lasting]) is lasting

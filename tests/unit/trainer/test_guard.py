@@ -139,9 +139,15 @@ def test_a_streak_leads_back_and_at_last_to_a_stop() -> None:
         first = 301 + 3 * turn
         assert skip(guard, range(first, first + 3)) == ["go_on", "go_on", "rewind"]
         assert (guard.state.streak, guard.state.streak_start) == (3, first)
-        guard.rewound(saved)
+        # If going back to 280 has not helped, an older one is tried.
+        assert guard.newest_to_try() == (300 if turn == 0 else 279)
+        guard.rewound(saved, 280 - 20 * turn)
         assert guard.state == GuardState(
-            mean=4.0, updates=200, skipped=3 * (turn + 1), rewinds=turn + 1
+            mean=4.0,
+            updates=200,
+            skipped=3 * (turn + 1),
+            rewinds=turn + 1,
+            rewound_to=280 - 20 * turn,
         )
     assert skip(guard, range(307, 310)) == ["go_on", "go_on", "stop"]
 
@@ -187,7 +193,7 @@ def decide(guard: Guard, step: int, loss: float, update: str) -> tuple[Reason | 
         return None, "go_on"
     action = guard.skipped(step, reason)
     if action == "rewind":
-        guard.rewound(GuardState(mean=7.3, updates=500))
+        guard.rewound(GuardState(mean=7.3, updates=500), step - 1)
     return reason, action
 
 

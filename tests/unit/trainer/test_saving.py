@@ -61,7 +61,9 @@ class Group:
             Saving(
                 saver,  # type: ignore[arg-type]
                 config,
-                is_first=rank == 0,
+                rank=rank,
+                hang_s=100.0,
+                beat=lambda: None,
                 sum_over_ranks=self.sum,
                 saved=lambda saved, stall_s: self.saved.append((saved.step, stall_s)),
                 failed=lambda *what: self.failed.append(what),
@@ -145,7 +147,7 @@ def test_a_failure_on_one_rank_is_told_and_tried_again_with_growing_waits(
     assert group.begun() == [1, 12]
     group.savers[1].end("disk")
     group.advance()
-    assert group.failed[1][1].startswith("another rank could not")
+    assert group.failed[1][1].startswith("rank 1 could not write its part")
     assert group.failed[1][2] == 20.0
     for _ in range(25):
         group.advance()
@@ -199,7 +201,9 @@ def test_save_now_waits_for_the_commit_and_through_failures(
     rank = Saving(
         saver,  # type: ignore[arg-type]
         RecoveryConfig(save_backoff_s=5),
-        is_first=True,
+        rank=0,
+        hang_s=100.0,
+        beat=lambda: None,
         sum_over_ranks=lambda numbers: numbers,
         saved=lambda done, stall_s: saved.append(done.step),
         failed=lambda *what: group.failed.append(what),
@@ -212,3 +216,17 @@ def test_save_now_waits_for_the_commit_and_through_failures(
     assert saver.begun == [7, 7, 7]  # it is there already
     rank.save_now(lambda: {"step": 8, "best_step": None}, 8)
     assert saved == [7, 8]
+
+
+def test_a_save_that_does_not_end_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(monkeypatch)
+    group.advance(wanted=True)
+    for _ in range(99):
+        group.advance()
+    assert group.failed == []
+    for _ in range(50):
+        group.advance(wanted=True)
+    [(step, why, retry_s)] = group.failed
+    assert (step, retry_s) == (1, None)
+    assert "has not ended in 100 s" in why
+    assert group.begun() == [1]

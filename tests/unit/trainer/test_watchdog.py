@@ -117,9 +117,8 @@ def test_beats_and_pauses_keep_a_rank_alive(tmp_path: Path) -> None:
             while time.monotonic() < started + 1.5:
                 watchdog.beat()
                 time.sleep(0.05)
-            watchdog.pause()
-            time.sleep(1.5)
-            watchdog.resume()
+            with watchdog.paused():
+                time.sleep(1.5)
             watchdog._what = lambda: "a pause of 1.5 s was over"
             time.sleep(1000)
         """,
