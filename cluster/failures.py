@@ -76,7 +76,6 @@ _BROKEN = re.compile(
 # Errors of the input, the configuration or the code: after a restart they come again at the same
 # place.
 _HOPELESS = (
-    UserError,
     AssertionError,
     AttributeError,
     ImportError,
