@@ -33,6 +33,7 @@ from typing import Any, cast
 from cluster.failures import RankDiedError
 from cluster.naming import logs_dir
 from trainer.config import RunConfig
+from trainer.watchdog import COLLECTIVE_TIMEOUTS
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,6 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # How long a rank may take to end once its supervisor is gone.
 _LAST_WORDS_S = 1.0
-
-# torch.distributed's own time-outs come after the watchdog, which can say more.
-_COLLECTIVE_TIMEOUTS = 2.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,7 @@ def _train(task: Task, place: Place) -> object:
             "nccl" if torch.cuda.is_available() else "gloo",
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=_COLLECTIVE_TIMEOUTS * task.config.recovery.hang_timeout_s),
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUTS * task.config.recovery.hang_timeout_s),
         )
         return (task.train or _trainer_loop())(
             task.config,

@@ -22,10 +22,7 @@ from trainer.engine import Engine
 from trainer.run import read_events
 from trainer.state import TrainState
 from trainer.validation import ValidationSet
-from trainer.watchdog import Watchdog
-
-# The watchdog can say more than torch about a rank that waits: torch's time-outs come after it.
-_COLLECTIVE_TIMEOUTS = 2.0
+from trainer.watchdog import COLLECTIVE_TIMEOUTS, Watchdog
 
 
 class Rank:
@@ -72,7 +69,7 @@ class Rank:
             config.trainer,
             world_size=self.world_size,
             device=self.device,
-            collective_timeout_s=_COLLECTIVE_TIMEOUTS * config.recovery.hang_timeout_s,
+            collective_timeout_s=COLLECTIVE_TIMEOUTS * config.recovery.hang_timeout_s,
         )
         self.settings = _resume_settings(config, self.manifest, self.plan)
         self.checkpoints = Checkpoints.of(self.run_dir, config.recovery)

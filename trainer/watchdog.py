@@ -26,6 +26,9 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 
+# Times its time-out, for torch's own collectives: the watchdog can say more, so it comes first.
+COLLECTIVE_TIMEOUTS = 2.0
+
 # EX_TEMPFAIL of sysexits.h: trying again may succeed.
 EXIT_HUNG = 75
 
