@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # So that SIGTERM, too, takes everything down.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     adopt_orphans()
-    began = time.monotonic()
+    began, load = time.monotonic(), os.getloadavg()[0]
     with scratch(keep=given.keep) as folder:
         if given.keep:
             print(f"kept: {folder}")
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = _play_all([FAULTS[name] for name in given.faults], folder, given.seed)
         finally:
             end_descendants()
-    summary = table.Summary(given.seed, time.monotonic() - began)
+    summary = table.Summary(given.seed, time.monotonic() - began, load)
     text = table.markdown(rows, summary)
     print(f"\n{text}")
     problems = [f"{row.fault}: {problem}" for row in rows for problem in row.problems]

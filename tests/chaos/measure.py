@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import psutil
 from safetensors.torch import load_file
 
 from tests.chaos.history import (
@@ -23,7 +24,7 @@ from tests.chaos.history import (
 )
 from tests.chaos.recorder import RECORDS, weights_key
 from tests.chaos.scene import Scene
-from tests.chaos.workspace import CHECKPOINT_EVERY, NUM_STEPS
+from tests.chaos.workspace import CHECKPOINT_EVERY, NUM_STEPS, descendants, is_alive
 
 # Another number of workers adds the same numbers up in another order.
 _CLOSE = 1e-4
@@ -116,6 +117,7 @@ def measure(title: str, play: Play, reference: Reference) -> Row:
     row = Row(title, problems=scene.problems)
     try:
         notes = read_notes(scene.run_dir / RECORDS)
+        _expect_no_rank_left(scene, notes)
         chain = surviving(notes.updates, _last_weights(scene))
     except (BrokenHistoryError, OSError) as error:
         row.problems.append(str(error))
@@ -125,6 +127,14 @@ def measure(title: str, play: Play, reference: Reference) -> Row:
     _measure_losses(row, play, reference)
     scene.expect(_data_hash(scene) == reference.data_hash, "the data hash is not the undisturbed")
     return row
+
+
+def _expect_no_rank_left(scene: Scene, notes: Notes) -> None:
+    """Ranks of any attempt: each would keep its memory, and its GPU."""
+    pids = {pid for attempt in notes.attempts for pid in attempt.pids.values()}
+    ranks = [process for process in descendants() if process.pid in pids and is_alive(process)]
+    left = [rank.pid for rank in psutil.wait_procs(ranks, timeout=5)[1] if is_alive(rank)]
+    scene.expect(not left, f"the ranks {left} have outlived the run")
 
 
 def _measure_data(

@@ -25,6 +25,7 @@ class Summary:
 
     seed: int
     seconds: float
+    load: float  # of the machine when it began: seconds are comparable only where it is alike
 
 
 def markdown(rows: list[Row], summary: Summary) -> str:
@@ -33,7 +34,8 @@ def markdown(rows: list[Row], summary: Summary) -> str:
         f"`make chaos SEED={summary.seed}`: {NUM_STEPS} steps each, a checkpoint every "
         f"{CHECKPOINT_EVERY}, at least {PACE_S * 1000:.0f} ms a step; {num_cores()} cores, "
         f"Python {platform.python_version()}, torch {version('torch')}, ray {version('ray')}, "
-        f"deepspeed {version('deepspeed')}; {summary.seconds / 60:.0f} minutes in all.",
+        f"deepspeed {version('deepspeed')}; {summary.seconds / 60:.0f} minutes in all, "
+        f"load {summary.load:.1f} when it began.",
         "",
         "| " + " | ".join(_HEAD) + " |",
         "|---" + "|---:" * (len(_HEAD) - 1) + "|",

@@ -137,6 +137,14 @@ def descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs, or is stopped; a zombie waits only for its parent to look."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_descendants() -> list[str]:
     """Kill whatever is left of what was started here; returns the command lines."""
     found: list[str] = []
