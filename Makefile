@@ -120,8 +120,8 @@ chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FA
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(WRITE),--write) $(FAULTS)
 
 .PHONY: bench
-bench: setup ## Measure speed against alternatives (half an hour); writes benchmarks/results
-	@for name in stream train overhead; do $(BIN)/python benchmarks/$$name.py; done
+bench: setup ## Measure speed against alternatives (three quarters of an hour); writes benchmarks/results
+	@for name in stream train overhead checkpoint recovery; do $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: lint
 lint: setup ## Check style, types, layers, spelling and scripts; changes nothing
