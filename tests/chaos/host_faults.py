@@ -14,10 +14,15 @@ from tests.chaos.hosts import Host, Network
 from tests.chaos.measure import Losses, Play
 from tests.chaos.recorder import RECORDS
 from tests.chaos.scene import Scene
-from tests.chaos.workspace import PACE_S
+from tests.chaos.workspace import NUM_STEPS, PACE_S
 
-# Steps take so long while a host is awaited, so that the run is not over before it comes.
+# Steps take so long while a host is to come or to go: Ray's own commands take seconds, and the run
+# must not be over before they have done something.
 _SLOW_S = 0.5
+_LEAVING_S = 0.1
+
+# The last step at which a fault strikes that leaves much to be done.
+_LATEST = NUM_STEPS // 2
 
 _GRACE_S = 30.0
 
@@ -32,7 +37,7 @@ def _begin(stage: Stage, *, workers: str, num_hosts: int, spare: int = 0) -> tup
         workers=workers, launcher=network.hosts[0].launcher, environment=network.environment
     )
     scene.start()
-    scene.some_moment()
+    scene.some_moment(latest=_LATEST)
     scene.expect(_sizes(scene) == [num_hosts], f"began with {_sizes(scene)} workers")
     return network, scene
 
@@ -55,9 +60,11 @@ def _shrinks(
 ) -> Play:
     """A run on two hosts loses the second and goes on with one."""
     network, scene = _begin(stage, workers="1:2", num_hosts=2)
+    scene.set_pace(_LEAVING_S)
     scene.strike()
     take_away(network, network.hosts[1])
     _wait_for_size(scene, 1)
+    scene.set_pace(PACE_S)
     scene.ended()
     scene.expect(_sizes(scene) == [2, 1], f"ran with {_sizes(scene)} workers")
     assert scene.moment is not None
@@ -119,22 +126,22 @@ def live_resize(stage: Stage) -> Play:
     first, second, third = network.hosts[1:]
     moments = []
 
-    def strike() -> None:
+    def drain(host: Host, *, left: int) -> None:
+        scene.set_pace(_LEAVING_S)
         scene.strike()
         assert scene.moment is not None
         moments.append(scene.moment)
+        network.drain(host, deadline_s=_GRACE_S)
+        _wait_for_size(scene, left)
+        scene.set_pace(PACE_S)
 
-    strike()
-    network.drain(first, deadline_s=_GRACE_S)
-    _wait_for_size(scene, 1)
+    drain(first, left=1)
     scene.set_pace(_SLOW_S)
     network.start(second, third)
     _wait_for_size(scene, 3)
     scene.set_pace(PACE_S)
     scene.reach(scene.last_step() + stage.rng.randrange(10, 40))
-    strike()
-    network.drain(second, deadline_s=_GRACE_S)
-    _wait_for_size(scene, 2)
+    drain(second, left=2)
     scene.ended()
     sizes = _sizes(scene)
     # Ray may learn of the two new hosts one after the other.

@@ -125,9 +125,9 @@ class Scene:
         """Wait until a step was trained."""
         self.wait_for(f"step {step}", lambda: self.last_step() >= step)
 
-    def some_moment(self) -> int:
+    def some_moment(self, *, latest: int = _LATEST) -> int:
         """Wait for a random moment of the run, within a step too; returns the step."""
-        step = self.rng.randint(_EARLIEST, _LATEST)
+        step = self.rng.randint(_EARLIEST, latest)
         within = self.rng.random() * self.options.pace_s
         self.reach(step)
         time.sleep(within)
