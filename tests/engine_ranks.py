@@ -7,6 +7,7 @@ asserts on every rank, and what it returns comes back from every rank.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -208,4 +209,8 @@ def _rank(
             results.put((index, rank, f"{task.__name__}{arguments}: {traceback.format_exc()}"))
             return
         results.put((index, rank, result))
+        # A dead engine's finalizer imports. Python before 3.12 fails (KeyError in _ModuleLock)
+        # where the collector runs it in the middle of another import, and DeepSpeed makes many of
+        # them while it builds an engine: let this one be gone before the next.
+        gc.collect()
     torch.distributed.destroy_process_group()

@@ -135,13 +135,45 @@ class RecoveryConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """Beam search. Source: Vaswani et al. 2017, section 6.1; Wu et al. 2016 for the penalty."""
+    """How sentences are translated.
+
+    Source: Vaswani et al. 2017, section 6.1, for the defaults. Rules are named after their papers:
+    wu: Wu et al. 2016 (arXiv 1609.08144), equation 14; average: the mean over the pieces, as in
+    Jean et al. 2015; reward: so much a piece, He et al. 2016; summary: Gehrmann et al. 2018.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    search: Literal["beam", "greedy", "sample"] = "beam"
     beam: int = Field(4, ge=1, le=256)
-    length_penalty: float = Field(0.6, ge=0, le=10)
+    length_rule: Literal["wu", "average", "reward"] = Field(
+        "wu", description="how hypotheses of different length are compared"
+    )
+    length_penalty: float = Field(
+        0.6, ge=0, le=10, description="strength of length_rule; 0 compares plain log-probabilities"
+    )
+    coverage_rule: Literal["wu", "summary"] = "wu"
+    coverage_penalty: float = Field(
+        0.0, ge=0, le=10, description="strength of coverage_rule; 0 is none"
+    )
     max_extra_length: int = Field(50, ge=0, description="longest output: source length and this")
+    unknown: Literal["forbid", "copy", "keep"] = Field(
+        "forbid",
+        description="the unknown piece in a translation: never; replaced by the source word that "
+        "is attended to most (Luong et al. 2015); or as it is",
+    )
+
+    # Of search "sample".
+    temperature: float = Field(1.0, gt=0, le=100)
+    top_k: int = Field(0, ge=0, description="sample from the k most probable pieces; 0 from all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="... and from the fewest that hold this much probability"
+    )
+    seed: int = Field(1, ge=0, lt=2**31)
+
+    precision: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="of the weights while decoding; int8: linear maps on a CPU, dynamically"
+    )
     batch_tokens: int = Field(4096, ge=1, description="source tokens decoded together, padded")
 
 

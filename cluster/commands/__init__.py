@@ -1,0 +1,1 @@
+"""The command line's commands, each thin: work is imported when it is asked for."""

@@ -1,0 +1,127 @@
+"""``babelray train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import click
+
+from cluster.options import (
+    config_option,
+    json_option,
+    mirror_option,
+    print_json,
+    runs_option,
+    say,
+    set_option,
+    with_mirror,
+)
+
+
+def _workers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | tuple[int, int] | None:
+    """A number of workers, or the least and the most: ``2``, ``1:4``."""
+    if value is None:
+        return None
+    parts = value.split(":")
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]{1,6}", part) for part in parts):
+        raise click.BadParameter(f"{value!r}: give a number, such as 2, or bounds, such as 1:4")
+    least, most = int(parts[0]), int(parts[-1])
+    if least < 1:
+        raise click.BadParameter(f"{value!r}: at least 1 worker is needed")
+    if least > most:
+        raise click.BadParameter(f"{value!r}: the least comes first: {most}:{least}")
+    return (least, most) if len(parts) == 2 else most
+
+
+@click.command()
+@config_option
+@set_option
+@click.option("--name", metavar="RUN", help="Name of the run; by default the file's and the time.")
+@click.option(
+    "--workers",
+    callback=_workers,
+    metavar="N|MIN:MAX",
+    help="Processes that train together; by default one a GPU, or one. With MIN:MAX, as many as "
+    "there is room for: the run shrinks when a machine goes and grows when one comes.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run --name from its last checkpoint, with its own configuration unless "
+    "--config is given.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Begin anew: remove what an earlier run of this name left."
+)
+@runs_option
+@mirror_option
+@click.option(
+    "--dashboard-port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Port of the Ray dashboard on this machine; by default the first free one from 8265 on.",
+)
+@json_option
+def train(
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    name: str | None,
+    workers: int | tuple[int, int] | None,
+    resume: bool,
+    overwrite: bool,
+    runs: Path,
+    mirror: str | None,
+    dashboard_port: int | None,
+    as_json: bool,
+) -> None:
+    """Train a model; prepare its corpus first if that was not done yet.
+
+    Runs on this machine, or on the Ray cluster that RAY_ADDRESS names. Checkpoints, the log of
+    steps and the configuration go to the run's folder. Ctrl-C saves a checkpoint and stops; a
+    second Ctrl-C stops at once.
+
+    \b
+    Examples:
+      babelray train --config configs/tiny.yaml --name demo --workers 2
+      babelray train --config configs/base.yaml --name base --workers 1:4
+      babelray train --config configs/tiny.yaml --set trainer.peak_learning_rate=2e-3
+      babelray train --name demo --resume --set trainer.max_steps=2000
+    """
+    if resume and overwrite:
+        raise click.UsageError("give --resume or --overwrite, not both")
+    from cluster import naming
+    from cluster.train import check_lanes, start
+
+    config, name = naming.open_run(
+        config_file,
+        with_mirror(settings, mirror),
+        name,
+        runs=runs,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    check_lanes(config, workers)
+    from data_shards.shards import prepare
+
+    prepare(config.data, progress=say)  # at once, if it is prepared already
+    outcome = start(
+        config,
+        name,
+        runs=runs,
+        workers=workers,
+        overwrite=overwrite,
+        dashboard_port=dashboard_port,
+        say=say,
+    )
+    if as_json:
+        print_json({"run": name, **dataclasses.asdict(outcome)})
+    if outcome.signal is not None:
+        say(f"stopped at step {outcome.step}; go on: babelray train --name {name} --resume")
+        raise click.exceptions.Exit(128 + outcome.signal)
+    if not as_json:
+        click.echo(f"{outcome.run_dir}: finished ({outcome.reason})")
+        say(f"next: babelray evaluate {name}")

@@ -1,0 +1,77 @@
+"""What the commands share: options, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data_shards.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.config import EvaluationConfig
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file with what differs from the defaults, such as configs/tiny.yaml.",
+)
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one value over the file's, such as trainer.max_steps=100. May be repeated.",
+)
+mirror_option = click.option(
+    "--mirror",
+    metavar="DIR_OR_URL",
+    help="Take the corpus' raw files from here instead of from their public homes.",
+)
+runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder that holds the runs.",
+)
+checkpoint_option = click.option(
+    "--checkpoint",
+    default="best",
+    show_default=True,
+    metavar="best|last|average[:N]|STEP",
+    help="Which of the run's checkpoints; average takes the mean of the last 5 (or N).",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
+)
+
+
+def say(line: str) -> None:
+    """Tell the person who watches: standard output is for results."""
+    click.echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    """A result for a script."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def with_mirror(settings: tuple[str, ...], mirror: str | None) -> tuple[str, ...]:
+    """The settings with that of ``--mirror``."""
+    return settings if mirror is None else (*settings, f"data.mirror={mirror}")
+
+
+def evaluation_settings(run_dir: Path, settings: tuple[str, ...]) -> EvaluationConfig:
+    """The run's own search settings, with what the command line changes."""
+    from trainer.config import load_config
+
+    for setting in settings:
+        if not setting.startswith("evaluation."):
+            raise UserError(f"--set {setting}: only evaluation.… can be set for a run that exists")
+    return load_config(run_dir / "config.json", settings).evaluation
