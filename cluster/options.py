@@ -44,8 +44,9 @@ checkpoint_option = click.option(
     "--checkpoint",
     default="best",
     show_default=True,
-    metavar="best|last|average[:N]|STEP",
-    help="Which of the run's checkpoints; average takes the mean of the last 5 (or N).",
+    metavar="best|last|average[:N]|ema|STEP",
+    help="Which of the run's checkpoints; average takes the mean of the last 5 (or N), ema the "
+    "moving average that trainer.ema_decay keeps.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."

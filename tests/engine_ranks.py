@@ -24,7 +24,8 @@ from trainer.config import TrainerConfig
 from trainer.engine import Engine, StepResult
 
 TIMEOUT_S = 200
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+EMA_DECAY = 0.3
 VOCABULARY, WIDTH, ROWS, LENGTH = 13, 7, 6, 5
 LEARNING_RATE = 0.01
 State = dict[str, dict[str, Tensor]]  # kind, parameter: whole and flat
@@ -72,6 +73,7 @@ def make_engine(world_size: int, stage: int, precision: str) -> Engine:
             # Large: else elements whose gradient is nearly zero magnify rounding.
             "adam_epsilon": 1e-3,
             "clip_norm": 0.5,
+            "ema_decay": EMA_DECAY,
         }
     )
     # Engine refuses fp16 where it is told "cpu"; DeepSpeed finds the device out by itself.

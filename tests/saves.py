@@ -15,14 +15,14 @@ from torch import Tensor
 
 from trainer.checkpoint import Checkpoints
 from trainer.engine import Fragment
-from trainer.parts import MOMENTS, WEIGHT
+from trainer.parts import EMA, MOMENTS, WEIGHT
 from trainer.saver import Saved, Saver
 from trainer.storage import Storage
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (7, 5), "norm.bias": (3,), "layer.cube": (2, 3, 4), "scale": (),
 }  # fmt: skip
-KINDS = (WEIGHT, *MOMENTS)
+KINDS = (WEIGHT, *MOMENTS, EMA)
 
 
 class FakeEngine:
@@ -35,11 +35,13 @@ class FakeEngine:
         share = -(-total // world_size)
         self._begin, self._end = rank * share, min((rank + 1) * share, total)
 
+    kinds = KINDS
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return SHAPES
 
     def scalars(self) -> dict[str, Any]:
-        return {"step": 3}
+        return {"step": 3, "ema_decay": 0.9}
 
     def fragments(self) -> list[Fragment]:
         found, position = [], 0

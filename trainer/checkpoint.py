@@ -4,7 +4,8 @@ A checkpoint is a folder ``checkpoints/step-00001000`` in the run's storage::
 
     model.safetensors    all weights, float32, whole tensors by parameter name
     optimizer-<tag>-00000-of-00002.safetensors
-                         Adam's moments that a rank kept: flat float32 fragments of parameters
+                         Adam's moments (and the weights' moving average, if there is one) that a
+                         rank kept: flat float32 fragments of parameters
     state.json           where the run stands: all of TrainState, and the settings it ran under
     manifest.json        size and sha256 of every file above, and which fragments it holds
     COMMIT               sha256 of manifest.json, written last; without it the folder does not count

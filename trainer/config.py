@@ -66,6 +66,13 @@ class TrainerConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 leaves it alone")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep an exponential moving average of the weights (checkpoint 'ema'); for "
+        "example 0.999, which looks back about a thousand updates",
+    )
 
     # When to look and to save, in steps.
     log_every: int = Field(50, ge=1)

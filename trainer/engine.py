@@ -15,9 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data_shards.errors import UserError
 from trainer.config import TrainerConfig
+from trainer.parts import EMA, MOMENTS, WEIGHT
 
 
 def import_deepspeed() -> Any:
@@ -80,8 +82,8 @@ class Fragment:
     Attributes:
         name: the parameter's name in the module.
         start: its first element in the flattened parameter.
-        tensors: ``weight``, ``exp_avg`` and ``exp_avg_sq``: flat float32 views of the live state,
-            of equal length, on the optimizer's device. The next update changes them.
+        tensors: of each of ``Engine.kinds``: flat float32 views of the live state, of equal
+            length, on the optimizer's device. The next update changes them.
     """
 
     name: str
@@ -186,6 +188,12 @@ class Engine:
         self._create_moments()
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of each parameter: ``weight``, Adam's moments, ``ema`` if configured."""
+        average = () if self._config.ema_decay is None else (EMA,)
+        return (WEIGHT, *MOMENTS, *average)
+
+    @property
     def module(self) -> nn.Module:
         """The wrapped module, with its parameters as this stage holds them."""
         return cast(nn.Module, self._engine.module)
@@ -232,6 +240,8 @@ class Engine:
         self._engine.step()
         if veto:
             self._set_scaler_state(scaler)
+        if self._updates > updates:
+            self._update_average()
         after = self._scaler_state()
         # At the smallest scale nothing is lowered any more: the gradient itself is not finite.
         lowered = [
@@ -260,6 +270,19 @@ class Engine:
             for master in group["params"]:
                 master.grad = None
 
+    def _update_average(self) -> None:
+        """Draw the moving average towards the new masters.
+
+        Early on it looks back over no more than a part of the updates so far, or it would remember
+        the initial weights: the decay is at most ``(1 + t) / (10 + t)`` after t updates.
+        """
+        if self._config.ema_decay is None:
+            return
+        decay = min(self._config.ema_decay, (1 + self._updates) / (10 + self._updates))
+        masters = self._masters()
+        averages = [self._adam.state[master][EMA] for master in masters]
+        get_ema_multi_avg_fn(decay)(averages, masters, None)  # type: ignore[no-untyped-call]
+
     def _global_norm(self) -> float:
         """The norm of the update being made or just made; stage 0 in fp16: times the loss scale."""
         if self._own_norm is not None:
@@ -287,8 +310,12 @@ class Engine:
     def scalars(self) -> dict[str, Any]:
         """What else the optimizer remembers, ready for JSON; the same on all ranks."""
         updates = int(self._adam.state[self._masters()[0]]["step"].item())
-        scaler = self._scaler_state()
-        return {"updates": updates, **({"loss_scale": scaler} if scaler else {})}
+        scaler, decay = self._scaler_state(), self._config.ema_decay
+        return {
+            "updates": updates,
+            **({"loss_scale": scaler} if scaler else {}),
+            **({} if decay is None else {"ema_decay": decay}),
+        }
 
     def restore(
         self, read: Callable[[str, str, int, int], Tensor], scalars: dict[str, Any]
@@ -310,27 +337,32 @@ class Engine:
                 tensor.copy_(part)
         for master in self._masters():
             self._adam.state[master]["step"].fill_(scalars["updates"])
+        self._updates = scalars["updates"]
         self._set_scaler_state(scalars.get("loss_scale", {}))
         with torch.no_grad():
             self._refresh_weights()
 
     def _tensors(self, place: _Place) -> dict[str, Tensor]:
         moments = self._adam.state[place.master]
-        whole = {"weight": place.master.detach()}
-        whole |= {kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        whole = {WEIGHT: place.master.detach()}
+        whole |= {kind: moments[kind] for kind in self.kinds if kind != WEIGHT}
         return {
             kind: tensor.view(-1).narrow(0, place.offset, place.length)
             for kind, tensor in whole.items()
         }
 
     def _create_moments(self) -> None:
-        """Adam's state, which it would create in its first update; names and types are Adam's."""
+        """Adam's state, which it would create in its first update; names and types are Adam's.
+
+        The moving average, which Adam passes over, lies beside it.
+        """
         for master in self._masters():
             self._adam.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                **{kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS},
             }
+            if EMA in self.kinds:
+                self._adam.state[master][EMA] = master.detach().clone()
 
     def _masters(self) -> list[Tensor]:
         """The float32 tensors that Adam updates on this rank."""

@@ -22,9 +22,11 @@ ITEM_BYTES = 4  # float32
 
 WEIGHTS = "model.safetensors"
 
-# The kinds of tensors of a parameter: its float32 master and Adam's two moments.
+# The kinds of tensors of a parameter: its float32 master, Adam's two moments, and, where the
+# configuration asks for it, the master's moving average.
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 def header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:

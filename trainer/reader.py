@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_shards.errors import RunFailedError
-from trainer.parts import WEIGHT, WEIGHTS, key_of
+from trainer.parts import EMA, WEIGHT, WEIGHTS, key_of
 from trainer.storage import StorageError
 
 
@@ -48,7 +48,8 @@ class Reader:
         """A part of one flat parameter: ``[length]`` float32 on the CPU.
 
         Args:
-            kind: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
+            kind: ``weight``, ``exp_avg``, ``exp_avg_sq`` or ``ema``; where no moving average was
+                kept, that is the weights.
             name: the parameter's name in the module.
             start, length: in elements of the flattened parameter.
 
@@ -56,7 +57,7 @@ class Reader:
             RunFailedError: the checkpoint does not hold that, or cannot be read.
         """
         try:
-            if kind == WEIGHT:
+            if kind == WEIGHT or (kind == EMA and not self.has_average):
                 return self._weight(name, start, length)
             return self._moment(kind, name, start, length)
         except OSError as error:
@@ -66,6 +67,11 @@ class Reader:
                 f"{self._where} holds no {kind} of {name} "
                 f"[{start}:{start + length}] ({error}): it was written by another model"
             ) from None
+
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights was kept."""
+        return "ema_decay" in self.state.get("optimizer", {})
 
     def _weight(self, name: str, start: int, length: int) -> Tensor:
         whole = self._file(WEIGHTS).get_slice(name)

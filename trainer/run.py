@@ -30,7 +30,7 @@ from model.transformer import Transformer, build
 from trainer.average import average_weights
 from trainer.checkpoint import STATE, Checkpoints
 from trainer.config import RunConfig, parse_config
-from trainer.parts import WEIGHTS
+from trainer.parts import EMA, WEIGHTS
 from trainer.storage import StorageError
 
 # How many checkpoints "average" takes (the paper's number for the base models).
@@ -142,7 +142,8 @@ def load_model(
     Args:
         run_dir: the run's folder.
         checkpoint: ``best`` (by validation), ``last``, ``average`` (the mean of the last 5, or of
-            as many as there are), ``average:N`` (the last N), or a step.
+            as many as there are), ``average:N`` (the last N), ``ema`` (the moving average kept
+            while training, as the last checkpoint holds it), or a step.
         device: where the weights go.
 
     Raises:
@@ -154,10 +155,12 @@ def load_model(
     manifest = Manifest.load(config.data.folder())
     vocabulary = Vocabulary.load(manifest.vocabulary_path)
     for step in chosen:
-        _verify(checkpoints, step)
+        _verify(checkpoints, step, only=None if checkpoint == EMA else (WEIGHTS, STATE))
     _check_corpus(checkpoints, chosen[-1], manifest)
     files = [checkpoints.weights(step) for step in chosen]
     weights = average_weights(files)
+    if checkpoint == EMA:
+        weights = _moving_average(checkpoints, chosen[-1], weights)
     model = build(config.model, manifest.vocabulary_size)
     _fill(model, weights, files[-1])
     model.to(device)
@@ -182,13 +185,13 @@ def choose_checkpoints(checkpoints: Checkpoints, checkpoint: str) -> list[int]:
     kind, colon, number = checkpoint.partition(":")
     is_number = number.isascii() and number.isdigit()
     is_known = (
-        (kind in {"best", "last", "average"} and not colon)
+        (kind in {"best", "last", "average", EMA} and not colon)
         or (kind == "average" and is_number and int(number) > 0)
         or (kind.isascii() and kind.isdigit() and not colon)
     )
     if not is_known:
         raise UserError(
-            f"unknown checkpoint {checkpoint!r}: use best, last, average, average:N or a step"
+            f"unknown checkpoint {checkpoint!r}: use best, last, average, average:N, ema or a step"
         )
     committed = checkpoints.committed()
     if not committed:
@@ -205,7 +208,7 @@ def choose_checkpoints(checkpoints: Checkpoints, checkpoint: str) -> list[int]:
                 "trainer.keep_checkpoints"
             )
         return committed[-wanted:]
-    if kind == "last":
+    if kind in {"last", EMA}:
         return committed[-1:]
     if kind == "best":
         step = _best_step(checkpoints)
@@ -257,9 +260,9 @@ def _best_step(checkpoints: Checkpoints) -> int | None:
         raise UserError(f"{error}; or give --checkpoint last or a step") from None
 
 
-def _verify(checkpoints: Checkpoints, step: int) -> None:
+def _verify(checkpoints: Checkpoints, step: int, *, only: tuple[str, ...] | None) -> None:
     """Compare what is loaded with what was committed."""
-    found = checkpoints.problems(step, only=(WEIGHTS, STATE))
+    found = checkpoints.problems(step, only=only)
     if found:
         others = [other for other in checkpoints.committed() if other != step]
         mend = (
@@ -268,6 +271,22 @@ def _verify(checkpoints: Checkpoints, step: int) -> None:
             else "the run has no other checkpoint: train it further"
         )
         raise UserError(f"{'; '.join(found)}; {mend}")
+
+
+def _moving_average(
+    checkpoints: Checkpoints, step: int, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The average of the weights that a checkpoint holds, in the shapes of ``weights``."""
+    with checkpoints.open(step) as reader:
+        if not reader.has_average:
+            raise UserError(
+                f"{checkpoints.where(step)} holds no moving average: train with "
+                "--set trainer.ema_decay=0.999, or give --checkpoint average"
+            )
+        return {
+            name: reader.read(EMA, name, 0, tensor.numel()).view(tensor.shape)
+            for name, tensor in weights.items()
+        }
 
 
 def _check_corpus(checkpoints: Checkpoints, step: int, manifest: Manifest) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from trainer.checkpoint import Checkpoints
 from trainer.commit import Commit
 from trainer.engine import Engine, Fragment
-from trainer.parts import MOMENTS, WEIGHT, bytes_of, in_pieces, key_of
+from trainer.parts import WEIGHT, bytes_of, in_pieces, key_of
 from trainer.publication import (
     MOMENTS_PART,
     RECEIPT,
@@ -84,7 +84,8 @@ class Saver:
         self._rank, self._world_size = rank, world_size
         self._token, self._keep = token, keep
         self._staging = checkpoints.staging(staging)
-        self._buffers = _host_buffers(engine.fragments())
+        self._buffers = _host_buffers(engine)
+        self._moments = tuple(kind for kind in engine.kinds if kind != WEIGHT)
         self._num_saves = 0
         self._has_told = False  # a receipt, of the save under way
         self._publication: Publication | None = None
@@ -218,7 +219,7 @@ class Saver:
     def _save_other(self, publication: Publication, pieces: list[Piece]) -> int:
         """Publish this rank's parts and a receipt for them; returns their bytes."""
         weights = self._put(publication, WEIGHTS_PART, (WEIGHT,), pieces)
-        moments = self._put(publication, MOMENTS_PART, MOMENTS, pieces)
+        moments = self._put(publication, MOMENTS_PART, self._moments, pieces)
         receipt = {
             "weights": weights,
             "moments": moments,
@@ -239,7 +240,7 @@ class Saver:
     ) -> int:
         """Publish rank 0's part and commit; returns the checkpoint's bytes."""
         commit.prepare()
-        moments = self._put(publication, MOMENTS_PART, MOMENTS, pieces)
+        moments = self._put(publication, MOMENTS_PART, self._moments, pieces)
         num_bytes = commit.complete(moments, pieces, bytes_of(self._buffers[WEIGHT]))
         try:
             commit.tidy(keep=self._keep, best=best)
@@ -261,16 +262,17 @@ class Saver:
         return publication.put(publication.name(part, self._rank), shapes, data)
 
 
-def _host_buffers(fragments: Sequence[Fragment]) -> dict[str, Tensor]:
+def _host_buffers(engine: Engine) -> dict[str, Tensor]:
     """Memory for a copy of this rank's share, by kind; kept from save to save.
 
     It is taken, and touched, before training begins: the first save then takes no longer than the
     others, and a machine with too little memory shows it at once. Pinned memory lets a GPU copy at
     the bus' speed.
     """
+    fragments = engine.fragments()
     total = sum(fragment.tensors[WEIGHT].numel() for fragment in fragments)
     pinned = any(fragment.tensors[WEIGHT].is_cuda for fragment in fragments)
     return {
         kind: torch.empty(total, dtype=torch.float32, pin_memory=pinned).fill_(0.0)
-        for kind in (WEIGHT, *MOMENTS)
+        for kind in engine.kinds
     }

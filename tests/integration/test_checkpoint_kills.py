@@ -28,6 +28,7 @@ from data_shards.shards import prepare
 from tests.ranks import free_port
 from trainer.checkpoint import COMMIT, MANIFEST, Checkpoints
 from trainer.config import RecoveryConfig, RunConfig, parse_config
+from trainer.parts import EMA, MOMENTS
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -61,7 +62,8 @@ def make_config(data_root: Path, **trainer: Any) -> RunConfig:
             "trainer": {
                 "max_steps": 100_000, "warmup_steps": 50, "peak_learning_rate": 3e-3,
                 "log_every": 1, "validate_every": 100_000, "checkpoint_every": 1,
-                "keep_checkpoints": 2, "metrics_port": 0, "threads": 1, **trainer,
+                "keep_checkpoints": 2, "ema_decay": 0.9, "metrics_port": 0, "threads": 1,
+                **trainer,
             },
             "recovery": recovery,
         },
@@ -183,7 +185,7 @@ def state_of(checkpoints: Checkpoints, step: int) -> tuple[dict[str, Any], dict[
     tensors = load_file(checkpoints.weights(step))
     with checkpoints.open(step) as reader:
         for name, tensor in list(tensors.items()):
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in (*MOMENTS, EMA):
                 tensors[f"{kind}/{name}"] = reader.read(kind, name, 0, tensor.numel())
         state = {name: value for name, value in reader.state.items() if name != "elapsed_s"}
     return state, tensors

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.engine_ranks import (
+    EMA_DECAY,
     KINDS,
     LEARNING_RATE,
     accumulate,
@@ -24,6 +25,7 @@ from tests.engine_ranks import (
     whole_state,
 )
 from trainer.engine import StepResult
+from trainer.parts import EMA, MOMENTS, WEIGHT
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -41,12 +43,13 @@ def skip_and_rewind(
     """Six undisturbed steps; the last three again from the third's state, with steps skipped."""
     engine = make_engine(world_size, stage, precision)
     fresh = whole_state(engine, rank, world_size)
-    assert not any(fresh[kind][name].any() for kind in KINDS[1:] for name in fresh[kind])
-    assert engine.scalars() == {"updates": 0}
+    assert not any(fresh[kind][name].any() for kind in MOMENTS for name in fresh[kind])
+    assert all(torch.equal(fresh[EMA][name], fresh[WEIGHT][name]) for name in fresh[WEIGHT])
+    assert engine.scalars() == {"updates": 0, "ema_decay": EMA_DECAY}
     restore(engine, fresh, engine.scalars())
     results = train(engine, range(3), rank, world_size)
     middle, scalars, loss = whole_state(engine, rank, world_size), engine.scalars(), probe(engine)
-    assert scalars == {"updates": 3}
+    assert scalars == {"updates": 3, "ema_decay": EMA_DECAY}
     assert not equal(fresh, middle)
     results += train(engine, range(3, 6), rank, world_size)
     end = whole_state(engine, rank, world_size)
@@ -73,7 +76,7 @@ def skip_and_rewind(
     assert not broken.applied
     assert not broken.overflow
     assert_unchanged(engine, before)
-    assert engine.scalars() == {"updates": 4}
+    assert engine.scalars() == {"updates": 4, "ema_decay": EMA_DECAY}
     assert probe(engine) == loss
     assert train(engine, range(4, 6), rank, world_size) == results[4:]
     assert equal(whole_state(engine, rank, world_size), end)
@@ -112,6 +115,22 @@ def carry_over(
             torch.cat(list(state[kind].values())) for state in (end, saved["end"], saved["middle"])
         )
         assert (there - expected).norm() < 0.05 * (expected - before).norm()
+
+
+def moving_average(rank: int, world_size: int, stage: int, precision: str) -> None:
+    """The average after each of five steps, computed anew from the weights after each."""
+    engine = make_engine(world_size, stage, precision)
+    expected = whole_state(engine, rank, world_size)[WEIGHT]
+    for step in range(5):
+        train(engine, range(step, step + 1), rank, world_size)
+        if step == 2:  # a resume goes on with it
+            restore(engine, whole_state(engine, rank, world_size), engine.scalars())
+        state = whole_state(engine, rank, world_size)
+        decay = min(EMA_DECAY, (2 + step) / (11 + step))
+        for name, weight in state[WEIGHT].items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+        torch.testing.assert_close(state[EMA], expected)
+        assert not torch.equal(state[EMA][name], state[WEIGHT][name])
 
 
 def fp16_scale(rank: int, world_size: int, stage: int) -> list[StepResult]:
@@ -201,3 +220,9 @@ def test_a_state_goes_on_at_another_size_and_stage(
 def test_fp16_lowers_its_scale_and_remembers_it(tmp_path: Path) -> None:
     for results in run_tasks(2, tmp_path, [(fp16_scale, (stage,)) for stage in STAGES]):
         assert_alike(results)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_moving_average_is_that_of_the_weights(tmp_path: Path, world_size: int) -> None:
+    settings = [(stage, precision) for stage in STAGES for precision in PRECISIONS]
+    run_tasks(world_size, tmp_path, [(moving_average, one) for one in settings])

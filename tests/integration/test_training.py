@@ -16,6 +16,7 @@ from tests.ranks import Job, run_ranks
 from trainer.checkpoint import Checkpoints
 from trainer.config import RecoveryConfig, RunConfig, parse_config
 from trainer.control import HELD_FILE, HOLD_FILE
+from trainer.run import load_model
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -147,7 +148,7 @@ def test_bf16_learns_at_every_stage_and_weights_are_saved_in_full(
 
     jobs = [
         Job(
-            make_config(data_root, precision="bf16", zero_stage=stage, max_steps=60),
+            make_config(data_root, precision="bf16", zero_stage=stage, max_steps=60, ema_decay=0.9),
             tmp_path / f"z{stage}",
         )
         for stage in (0, 1, 2, 3)
@@ -160,6 +161,12 @@ def test_bf16_learns_at_every_stage_and_weights_are_saved_in_full(
         # Masters, not their rounded copies: some value is not representable in bfloat16.
         assert any((value != value.bfloat16().float()).any() for value in weights.values())
         assert losses[-1] == pytest.approx(events(jobs[0].run_dir)[-1]["loss"], rel=0.02)
+        # The moving average is a model of its own, near the last one.
+        (job.run_dir / "config.json").write_text(job.config.to_json())
+        last = load_model(job.run_dir, "last").model.state_dict()
+        average = load_model(job.run_dir, "ema").model.state_dict()
+        for name, weight in last.items():
+            assert 0 < (average[name] - weight).norm() < 0.2 * weight.norm(), name
 
 
 def test_numbers_gone_wrong_end_the_run_where_there_is_nothing_to_go_back_to(

@@ -151,10 +151,11 @@ class TestChoice:
         assert steps("60") == [60]
         assert steps("average") == [60, 120, 180]
         assert steps("average:2") == [120, 180]
+        assert steps("ema") == [180]
 
     @pytest.mark.parametrize("word", ["bset", "average:", "average:0", "best:2", "-1", "", "²"])
     def test_another_word_is_refused(self, trained, word):
-        with pytest.raises(UserError, match="use best, last, average, average:N or a step"):
+        with pytest.raises(UserError, match="use best, last, average, average:N, ema or a step"):
             choose(trained, word)
 
     def test_an_absent_step_names_those_there_are(self, trained):
@@ -177,6 +178,10 @@ class TestChoice:
 
 
 class TestModel:
+    def test_a_moving_average_must_have_been_kept(self, run_dir):
+        with pytest.raises(UserError, match=r"no moving average.*trainer\.ema_decay"):
+            load_model(run_dir, "ema")
+
     @pytest.mark.parametrize("kind", ["folder", "remote"])
     def test_checkpoints_lie_where_the_configuration_puts_them(
         self, kind, run_dir, tmp_path, monkeypatch
