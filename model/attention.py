@@ -302,31 +302,48 @@ class MultiHeadAttention(nn.Module):
         """[B, L, D] to [B, H, L, K] (a view)."""
         return split_heads(inputs_BLD, self.num_heads, self.width)[0]
 
-    def step(self, inputs_N1D: Tensor, cache_N2HSK: Tensor, position: int) -> Tensor:
-        """Self-attention of one new position over itself and those in the cache, without gradients.
+    def step(
+        self, inputs_ND: Tensor, cache: tuple[Tensor, Tensor], first: int, mask: Tensor | None
+    ) -> Tensor:
+        """Self-attention of one new position over the cache, without gradients.
 
-        The new position's key and value are written to ``cache_N2HSK`` at ``position``.
+        Args:
+            inputs_ND: the new position of every hypothesis, J a sentence, one sentence after the
+                other.
+            cache: keys and values [B, H, C, K]; the new ones are written from place ``first`` on.
+            mask: additive, [B, 1, J, first + J]: what each hypothesis may see; None for all.
         """
-        parts_3NH1K = split_heads(self.query_key_value(inputs_N1D), self.num_heads, self.width)
-        cache_N2HSK[:, :, :, position] = parts_3NH1K[1:, :, :, 0].transpose(0, 1)
-        key, value = cache_N2HSK[:, :, :, : position + 1].unbind(1)
-        return self.output(join_heads(attend(parts_3NH1K[0], key, value, None)))  # type: ignore[no-any-return]
+        num_batch, num_heads, _, width = cache[0].shape
+        parts_BJC = self.query_key_value(inputs_ND).view(num_batch, -1, 3 * num_heads * width)
+        query, *new = split_heads(parts_BJC, num_heads, width)
+        end = first + query.size(2)
+        for store, part in zip(cache, new, strict=True):
+            store[:, :, first:end] = part
+        key, value = (store[:, :, :end] for store in cache)
+        return self.output(join_heads(attend(query, key, value, mask)).view_as(inputs_ND))  # type: ignore[no-any-return]
 
-    def memory_heads(self, memory_BSD: Tensor) -> Tensor:
-        """Keys and values [2, B, H, S, K] of the memory, made once for all steps."""
-        packed_BSC = self.key_value(memory_BSD)
-        return split_heads(packed_BSC, self.num_heads, self.width).contiguous()
+    def memory_heads(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, K] of the memory, made once for all steps."""
+        parts = split_heads(self.key_value(memory_BSD), self.num_heads, self.width)
+        return parts[0].contiguous(), parts[1].contiguous()
 
     def step_over(
-        self, inputs_N1D: Tensor, memory_2BHSK: Tensor, memory_mask: Tensor | None
+        self,
+        inputs_ND: Tensor,
+        memory: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        record: list[Tensor] | None = None,
     ) -> Tensor:
         """Attention of one new position of every hypothesis over its sentence's memory.
 
-        The N / B hypotheses of one sentence are rows that follow each other; they are treated as
-        that many queries, so that keys and values exist once a sentence.
+        The J hypotheses of a sentence are as many queries, so that keys and values exist once a
+        sentence. ``record`` takes the weights [B, H, J, S].
         """
-        num_batch = memory_2BHSK.size(1)
-        query_BTD = self.query(inputs_N1D).view(num_batch, -1, inputs_N1D.size(-1))
-        key, value = memory_2BHSK
-        joined_BTD = join_heads(attend(self.heads(query_BTD), key, value, memory_mask))
-        return self.output(joined_BTD.view_as(inputs_N1D))  # type: ignore[no-any-return]
+        key, value = memory
+        query = self.heads(self.query(inputs_ND).view(key.size(0), -1, inputs_ND.size(-1)))
+        if record is None:
+            result = attend(query, key, value, mask)
+        else:
+            result, weights = reference_attention(query, key, value, mask)
+            record.append(weights)
+        return self.output(join_heads(result).view_as(inputs_ND))  # type: ignore[no-any-return]

@@ -1,55 +1,88 @@
 """What a decoder remembers from step to step.
 
-Shapes: Y layers, B sentences, N hypotheses (the same number a sentence, one sentence after the
-other), H heads, S source length, T target length, K width of a head.
+Shapes: B sentences, J hypotheses of each, N = B * J, H heads, S source length, K width of a head, C
+places of a sentence's cache, L those in use: J for each position so far.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-# Positions by which the cache grows.
+# Positions by which the caches grow.
 _GROWTH = 16
 
 
 class DecoderState:
     """Keys and values of the source, made once, and those of the target so far.
 
+    The target's are never reordered when a beam is: every hypothesis of a sentence sees all places
+    of that sentence's cache through a mask that is open at its own past and at nothing else. The
+    past that hypotheses share is so kept and read only once.
+
     Attributes:
-        memory: keys and values of the source, [Y, 2, B, H, S, K].
-        mask: additive mask of its padding, [B, 1, 1, S], or None.
-        cache: keys and values of the target, [N, Y, 2, H, T, K]; T has room beyond ``length``.
+        memory: of each layer, keys and values of the source, [B, H, S, K] each.
+        memory_mask: additive mask of its padding, [B, 1, 1, S], or None.
+        caches: of each layer, keys and values of the target, [B, H, C, K] each.
+        width: hypotheses a sentence, J.
         length: positions decoded.
     """
 
-    def __init__(self, memory: Tensor, mask: Tensor | None, num_hypotheses: int) -> None:
+    def __init__(
+        self, memory: list[tuple[Tensor, Tensor]], memory_mask: Tensor | None, width: int
+    ) -> None:
         self.memory = memory
-        self.mask = mask
-        num_layers, pair, num_sentences, num_heads, _, width = memory.shape
-        rows = num_sentences * num_hypotheses
-        self.cache = memory.new_empty((rows, num_layers, pair, num_heads, 0, width))
-        self._spare = self.cache
+        self.width = width
         self.length = 0
+        sample = memory[0][0]
+        self.memory_mask = None if memory_mask is None else memory_mask.to(sample.dtype)
+        num_sentences, num_heads, _, head_width = sample.shape
+        empty = (num_sentences, num_heads, 0, head_width)
+        self.caches = [(sample.new_empty(empty), sample.new_empty(empty)) for _ in memory]
+        # What each hypothesis may see of the places in use, [B, 1, J, L]: 0 or minus infinity.
+        self._visible = sample.new_empty((num_sentences, 1, width, 0))
+        self._own = sample.new_full((width, width), -math.inf).fill_diagonal_(0)
 
-    def reserve(self) -> None:
-        """Make room for one more position."""
-        if self.length == self.cache.size(4):
-            shape = list(self.cache.shape)
-            shape[4] = _GROWTH
-            self.cache = torch.cat([self.cache, self.cache.new_empty(shape)], dim=4)
-            self._spare = torch.empty_like(self.cache)
+    def advance(self) -> Tensor | None:
+        """Make room for one more position; the mask of what is seen from it, [B, 1, J, L]."""
+        used = (self.length + 1) * self.width
+        if used > self.caches[0][0].size(2):
+            self.caches = [(self._grown(keys), self._grown(values)) for keys, values in self.caches]
+        self.length += 1
+        if self.width == 1:
+            return None
+        own = self._own.expand(self._visible.size(0), 1, -1, -1)
+        self._visible = torch.cat([self._visible, own], dim=3)
+        return self._visible
 
-    def select(self, rows_N: Tensor, sentences_B: Tensor | None) -> None:
-        """Keep (or repeat, or reorder) hypotheses, never more than before, and sentences if given.
+    def _grown(self, cache: Tensor) -> Tensor:
+        shape = list(cache.shape)
+        shape[2] += _GROWTH * self.width
+        grown = cache.new_empty(shape)
+        grown[:, :, : cache.size(2)] = cache
+        return grown
 
-        The rows are copied to and fro between two buffers: a fresh one each step would be paged in
-        anew, which takes longer than the copy.
+    def reorder(self, parents_BJ: Tensor) -> None:
+        """Let hypothesis j of every sentence go on from the past of its ``parents_BJ[:, j]``."""
+        if self.width > 1:
+            index = parents_BJ[:, None, :, None].expand(-1, -1, -1, self._visible.size(3))
+            self._visible = self._visible.gather(2, index)
+
+    def keep(self, vacant: Tensor, movers: Tensor, num_left: int) -> None:
+        """Let sentences leave: ``movers`` take the places ``vacant``, the first ``num_left`` stay.
+
+        Moving few instead of copying all is what lets sentences leave at every step.
         """
-        selected = self._spare[: rows_N.numel()]
-        torch.index_select(self.cache, 0, rows_N, out=selected)
-        self.cache, self._spare = selected, self.cache
-        if sentences_B is not None:
-            self.memory = self.memory.index_select(2, sentences_B)
-            if self.mask is not None:
-                self.mask = self.mask.index_select(0, sentences_B)
+
+        def kept(tensor: Tensor) -> Tensor:
+            if movers.numel():
+                tensor.index_copy_(0, vacant, tensor.index_select(0, movers))
+            return tensor[:num_left]
+
+        self.memory = [(kept(keys), kept(values)) for keys, values in self.memory]
+        self.caches = [(kept(keys), kept(values)) for keys, values in self.caches]
+        self._visible = kept(self._visible)
+        if self.memory_mask is not None:
+            self.memory_mask = kept(self.memory_mask)

@@ -200,21 +200,23 @@ class DecoderLayer(_Layer):
 
     def step(
         self,
-        states_N1D: Tensor,
-        cache_N2HTK: Tensor,
-        position: int,
-        memory_2BHSK: Tensor,
+        states_ND: Tensor,
+        cache: tuple[Tensor, Tensor],
+        first: int,
+        mask: Tensor | None,
+        memory: tuple[Tensor, Tensor],
         memory_mask: Tensor | None,
+        cross_record: list[Tensor] | None = None,
     ) -> Tensor:
         """One new position of every hypothesis, without gradients; see ``MultiHeadAttention``."""
-        states_N1D = self.residual(
-            states_N1D,
+        states_ND = self.residual(
+            states_ND,
             self.attention_norm,
-            lambda x: self.attention.step(x, cache_N2HTK, position),
+            lambda x: self.attention.step(x, cache, first, mask),
         )
-        states_N1D = self.residual(
-            states_N1D,
+        states_ND = self.residual(
+            states_ND,
             self.cross_norm,
-            lambda x: self.cross.step_over(x, memory_2BHSK, memory_mask),
+            lambda x: self.cross.step_over(x, memory, memory_mask, cross_record),
         )
-        return self.residual(states_N1D, self.feed_forward_norm, self.feed_forward)
+        return self.residual(states_ND, self.feed_forward_norm, self.feed_forward)

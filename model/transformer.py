@@ -103,28 +103,36 @@ class Transformer(nn.Module):
             self._decode(target_in_BT, memory_BSD, mask, maps["decoder"], maps["cross"])
         return {name: torch.stack(layers) for name, layers in maps.items()}
 
-    def start(self, source_BS: Tensor, num_hypotheses: int) -> DecoderState:
-        """Encode, and open the caches for decoding ``num_hypotheses`` a sentence; no gradients."""
+    def start(self, source_BS: Tensor, width: int) -> DecoderState:
+        """Encode, and open the caches for ``width`` hypotheses a sentence; no gradients."""
         memory_BSD, mask = self._encode(source_BS)
-        layers = [_decoder_layer(layer) for layer in self.decoder]
-        memory = torch.stack([layer.cross.memory_heads(memory_BSD) for layer in layers])
-        return DecoderState(memory, mask, num_hypotheses)
+        memory = [_decoder_layer(layer).cross.memory_heads(memory_BSD) for layer in self.decoder]
+        return DecoderState(memory, mask, width)
 
-    def step(self, ids_N: Tensor, state: DecoderState) -> Tensor:
+    def step(
+        self, ids_N: Tensor, state: DecoderState, record: list[Tensor] | None = None
+    ) -> Tensor:
         """Logits [N, V] of the piece after ``ids_N``, the newest of every hypothesis.
 
         ``state`` takes the position in. Rows are sentences' hypotheses, one sentence after the
-        other; no gradients.
+        other; no gradients. ``record`` takes the last layer's cross-attention, [B, H, J, S].
         """
         embedded_N1D = self._matrix("target", ids_N[:, None], "embed")
-        states_N1D = self.target_positions(embedded_N1D, state.length)
-        state.reserve()
+        states_ND = self.target_positions(embedded_N1D, state.length)[:, 0]
+        first = state.length * state.width
+        mask = state.advance()
+        last = len(self.decoder) - 1
         for index, layer in enumerate(self.decoder):
-            states_N1D = _decoder_layer(layer).step(
-                states_N1D, state.cache[:, index], state.length, state.memory[index], state.mask
+            states_ND = _decoder_layer(layer).step(
+                states_ND,
+                state.caches[index],
+                first,
+                mask,
+                state.memory[index],
+                state.memory_mask,
+                record if index == last else None,
             )
-        state.length += 1
-        return self.project(self.decoder_norm(states_N1D)[:, 0])
+        return self.project(self.decoder_norm(states_ND))
 
     def _encode(
         self, source_BS: Tensor, record: list[Tensor] | None = None

@@ -5,17 +5,23 @@ Shapes: B batch, S source length.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 
-from data_shards.config import EOS_ID, PAD_ID
+from data_shards.config import EOS_ID, PAD_ID, UNK_ID
 from data_shards.errors import UserError
-from model.search import Hypothesis, beam_search
+from model.search import Hypothesis, SearchOptions, search
+from model.transformer import Transformer
 from trainer.config import EvaluationConfig
+from trainer.ensemble import check_same_vocabulary
 from trainer.run import LoadedModel
+from trainer.unknown import copy_unknown
 
 log = logging.getLogger(__name__)
 
@@ -23,57 +29,180 @@ log = logging.getLogger(__name__)
 CHUNK_LINES = 1024
 
 
-def translate(
-    loaded: LoadedModel,
-    lines: Iterable[str],
-    evaluation: EvaluationConfig,
-    *,
-    chunk_lines: int = CHUNK_LINES,
-) -> Iterator[str]:
-    """Translate lines, one out for each one in, in order, a chunk at a time.
+@dataclass(frozen=True)
+class Translation:
+    """A line's translation, without line breaks; ``ids`` are its pieces without BOS and EOS."""
 
-    A line without any piece (empty, or only white space) gives an empty line. A line longer than
-    the model's positions is cut, with a warning that names it. An output holds no line break.
-
-    Args:
-        loaded: the model, its vocabulary and its configuration.
-        lines: source text; a line's end, ``\\n`` or ``\\r\\n``, may still be there.
-        evaluation: beam search's settings and the tokens decoded together.
-        chunk_lines: lines read before the first translation comes out.
-    """
-    stream = iter(lines)
-    first_line = 1
-    while chunk := list(islice(stream, chunk_lines)):
-        yield from _translate_chunk(loaded, chunk, evaluation, first_line)
-        first_line += len(chunk)
+    text: str
+    score: float
+    log_prob: float
+    ids: list[int]
 
 
-def decode(
-    loaded: LoadedModel, sources: list[list[int]], evaluation: EvaluationConfig
-) -> list[Hypothesis]:
-    """The best hypothesis of each source, in order, decoded in batches of like length.
+class Translator:
+    """Translates lines with one model, or with several whose probabilities are averaged."""
 
-    Args:
-        sources: piece ids, each ending with EOS; none empty.
-    """
-    device = next(loaded.model.parameters()).device
-    best: list[Hypothesis | None] = [None] * len(sources)
-    for batch in length_batches([len(ids) for ids in sources], evaluation.batch_tokens):
-        width = max(len(sources[index]) for index in batch)
-        source_BS = torch.full((len(batch), width), PAD_ID, dtype=torch.int64)
-        for row, index in enumerate(batch):
-            source_BS[row, : len(sources[index])] = torch.tensor(sources[index])
-        found = beam_search(
-            loaded.model,
-            source_BS.to(device),
+    def __init__(
+        self,
+        models: Sequence[LoadedModel],
+        evaluation: EvaluationConfig,
+        *,
+        num_best: int = 1,
+    ) -> None:
+        """Make the models ready; the given ones stay as they are.
+
+        Args:
+            models: at least one; the first's vocabulary, of which the others must have a copy.
+            evaluation: how to search.
+            num_best: translations a line; with search ``sample`` so many independent ones.
+
+        Raises:
+            UserError: the vocabularies differ, ``num_best`` is above the beam.
+        """
+        _check_num_best(evaluation, num_best)
+        check_same_vocabulary(models)
+        self.loaded = models[0]
+        self.evaluation = evaluation
+        self._device = next(models[0].model.parameters()).device
+        self._models = [_prepared(loaded.model, evaluation.precision) for loaded in models]
+        self._max_pieces = min(loaded.config.model.max_positions for loaded in models) - 1
+        self._options = SearchOptions(
+            method=evaluation.search,
             beam=evaluation.beam,
+            num_best=num_best,
+            length_rule=evaluation.length_rule,
             length_penalty=evaluation.length_penalty,
+            coverage_rule=evaluation.coverage_rule,
+            coverage_penalty=evaluation.coverage_penalty,
             max_extra_length=evaluation.max_extra_length,
+            allow_unknown=evaluation.unknown != "forbid",
+            temperature=evaluation.temperature,
+            top_k=evaluation.top_k,
+            top_p=evaluation.top_p,
+            seed=evaluation.seed,
         )
-        for index, hypotheses in zip(batch, found, strict=True):
-            best[index] = hypotheses[0]
-    assert all(hypothesis is not None for hypothesis in best)
-    return [hypothesis for hypothesis in best if hypothesis is not None]
+
+    def encode(self, line: str) -> list[int]:
+        """A line's source ids, EOS last; cut, with a warning, to what the model can take.
+
+        A line without any piece (empty, or only white space) gives no ids at all.
+        """
+        return self._encode([line], first_line=1)[0]
+
+    def translate(
+        self,
+        lines: Sequence[str],
+        *,
+        prefixes: Sequence[str] | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> list[list[Translation]]:
+        """The translations of each line, best first.
+
+        Args:
+            lines: source text; a line's end, ``\\n`` or ``\\r\\n``, may still be there.
+            prefixes: for every line what its translations begin with. It may end within a word,
+                which the translation then goes on with or leaves as it is; blanks at its end are
+                not kept.
+            keys: for every line the number that, with the seed, decides its samples; by default
+                its place among the lines.
+
+        Returns:
+            As many a line as were asked for (or as the search found); of a line without any piece
+            one empty translation.
+
+        Raises:
+            UserError: a prefix is longer than the model can take.
+        """
+        return self._translate(lines, prefixes, keys, first_line=1)
+
+    def stream(
+        self, lines: Iterable[str], *, chunk_lines: int = CHUNK_LINES
+    ) -> Iterator[list[Translation]]:
+        """As ``translate``, one line's translations after the other, a chunk at a time.
+
+        Args:
+            chunk_lines: lines read before the first translation comes out.
+        """
+        remaining, first_line = iter(lines), 1
+        while chunk := list(islice(remaining, chunk_lines)):
+            keys = range(first_line - 1, first_line - 1 + len(chunk))
+            yield from self._translate(chunk, None, keys, first_line)
+            first_line += len(chunk)
+
+    def batches(self, lines: Sequence[str]) -> list[list[int]]:
+        """Indices of the lines in batches of like length, under ``evaluation.batch_tokens``.
+
+        ``translate`` decodes the lines of one such batch, by themselves, as exactly that batch.
+        """
+        return self._batches(self._encode(lines, first_line=None))
+
+    def _batches(self, sources: Sequence[list[int]]) -> list[list[int]]:
+        return list(length_batches([len(ids) for ids in sources], self.evaluation.batch_tokens))
+
+    def _encode(self, lines: Sequence[str], first_line: int | None) -> list[list[int]]:
+        sources = []
+        pieces = self.loaded.vocabulary.encode([_without_end(line) for line in lines])
+        for number, ids in enumerate(pieces):
+            if len(ids) > self._max_pieces and first_line is not None:
+                log.warning(
+                    "line %d has %d pieces; the model's longest sentence is %d "
+                    "(model.max_positions): the rest is cut off",
+                    first_line + number, len(ids), self._max_pieces,
+                )  # fmt: skip
+            sources.append([*ids[: self._max_pieces], EOS_ID] if ids else [])
+        return sources
+
+    def _translate(
+        self,
+        lines: Sequence[str],
+        prefixes: Sequence[str] | None,
+        keys: Sequence[int] | None,
+        first_line: int,
+    ) -> list[list[Translation]]:
+        sources = self._encode(lines, first_line)
+        forced = self._forced(prefixes or [""] * len(lines))
+        keys = range(len(lines)) if keys is None else keys
+        translations = [[Translation("", 0.0, 0.0, [])] for _ in lines]
+        for batch in self._batches(sources):
+            rows = [index for index in batch if sources[index]]
+            if not rows:
+                continue
+            found = search(
+                self._models,
+                _padded([sources[index] for index in rows]).to(self._device),
+                self._options,
+                prefixes=[forced[index] for index in rows],
+                keys=[keys[index] for index in rows],
+            )
+            for index, hypotheses in zip(rows, found, strict=True):
+                prefix = prefixes[index] if prefixes else ""
+                translations[index] = [
+                    self._text(hypothesis, lines[index], sources[index], prefix)
+                    for hypothesis in hypotheses
+                ]
+        return translations
+
+    def _forced(self, prefixes: Sequence[str]) -> list[list[int]]:
+        forced = self.loaded.vocabulary.encode(prefixes)
+        for number, ids in enumerate(forced, start=1):
+            if len(ids) > self._max_pieces:
+                raise UserError(
+                    f"the prefix of line {number} has {len(ids)} pieces; the model's longest "
+                    f"sentence is {self._max_pieces} (model.max_positions): give a shorter one"
+                )
+        return forced
+
+    def _text(
+        self, hypothesis: Hypothesis, line: str, source: list[int], prefix: str
+    ) -> Translation:
+        ids = hypothesis.ids
+        if UNK_ID in ids and self.evaluation.unknown == "copy":
+            text = copy_unknown(self.loaded, line, source, ids)
+        else:
+            text = self.loaded.vocabulary.decode([ids])[0]
+        # Any break that a piece may hold, so that line n stays the translation of line n.
+        text = " ".join(text.splitlines())
+        return Translation(text, hypothesis.score, hypothesis.log_prob, ids)
 
 
 def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -109,32 +238,47 @@ def read_lines(stream: Iterable[bytes], *, name: str) -> Iterator[str]:
         yield _without_end(line)
 
 
-def _translate_chunk(
-    loaded: LoadedModel, chunk: list[str], evaluation: EvaluationConfig, first_line: int
-) -> list[str]:
-    limit = loaded.config.model.max_positions
-    sources = []
-    numbers = []
-    pieces = loaded.vocabulary.encode([_without_end(line) for line in chunk])
-    for number, ids in enumerate(pieces):
-        if not ids:
-            continue
-        if len(ids) >= limit:
-            log.warning(
-                "line %d has %d pieces; the model's longest sentence is %d (model.max_positions): "
-                "the rest is cut off",
-                first_line + number, len(ids), limit - 1,
-            )  # fmt: skip
-        sources.append([*ids[: limit - 1], EOS_ID])
-        numbers.append(number)
-    found = decode(loaded, sources, evaluation)
-    texts = loaded.vocabulary.decode([hypothesis.ids for hypothesis in found])
-    translations = [""] * len(chunk)
-    for number, text in zip(numbers, texts, strict=True):
-        # Any break that a piece may hold, so that line n stays the translation of line n.
-        translations[number] = " ".join(text.splitlines())
-    return translations
+def _check_num_best(evaluation: EvaluationConfig, num_best: int) -> None:
+    most = {"beam": evaluation.beam, "greedy": 1}.get(evaluation.search)
+    if num_best < 1 or (most is not None and num_best > most):
+        raise UserError(
+            f"{num_best} translations a line were asked for; search {evaluation.search} gives 1 "
+            f"to {most or 'any number'}: set evaluation.beam at least so high"
+        )
+
+
+def _prepared(model: Transformer, precision: str) -> Transformer:
+    if precision == "bf16":
+        return copy.deepcopy(model).to(torch.bfloat16)
+    if precision == "int8":
+        raise UserError("evaluation.precision int8 is not supported: use fp32 or bf16")
+    return model
+
+
+def _padded(sources: Sequence[list[int]]) -> Tensor:
+    width = max(len(ids) for ids in sources)
+    return torch.tensor([ids + [PAD_ID] * (width - len(ids)) for ids in sources])
 
 
 def _without_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
+
+
+def translate(
+    loaded: LoadedModel,
+    lines: Iterable[str],
+    evaluation: EvaluationConfig,
+    *,
+    chunk_lines: int = CHUNK_LINES,
+) -> Iterator[str]:
+    """The best translation of each line; see ``Translator.stream``."""
+    for translations in Translator([loaded], evaluation).stream(lines, chunk_lines=chunk_lines):
+        yield translations[0].text
+
+
+def decode(
+    loaded: LoadedModel, sources: list[list[int]], evaluation: EvaluationConfig
+) -> list[Hypothesis]:
+    """The best hypothesis of each source, piece ids that end with EOS."""
+    options = Translator([loaded], evaluation)._options
+    return [search([loaded.model], torch.tensor([ids]), options)[0][0] for ids in sources]

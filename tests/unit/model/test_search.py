@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.search import BOS_ID, EOS_ID, Hypothesis, beam_search, top
+from model.search import BOS_ID, EOS_ID, Hypothesis, SearchOptions, search, top
 from model.transformer import Transformer, build
 
 VOCAB = 7
@@ -50,8 +50,8 @@ def _log_prob(model: Transformer, source_S: Tensor, ids: list[int]) -> float:
 
 
 def _search(model: Transformer, source: Tensor, **settings: Any) -> list[list[Hypothesis]]:
-    values = {"beam": 4, "length_penalty": 0.6, "max_extra_length": 3, **settings}
-    return beam_search(model, source, **values)
+    values = {"max_extra_length": 3, "allow_unknown": True, **settings}
+    return search([model], source, SearchOptions(**values))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.6, 2.0])
