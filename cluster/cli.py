@@ -10,6 +10,7 @@ import click
 
 from cluster.commands.data import data
 from cluster.commands.evaluate import evaluate
+from cluster.commands.export import export
 from cluster.commands.report import report
 from cluster.commands.train import train
 from cluster.commands.translate import translate
@@ -64,7 +65,7 @@ def cli() -> None:
     """
 
 
-for _command in (data, train, evaluate, translate, report):
+for _command in (data, train, evaluate, translate, export, report):
     cli.add_command(_command)
 
 
