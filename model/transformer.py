@@ -112,7 +112,7 @@ class Transformer(nn.Module):
     def step(
         self, ids_N: Tensor, state: DecoderState, record: list[Tensor] | None = None
     ) -> Tensor:
-        """Logits [N, V] of the piece after ``ids_N``, the newest of every hypothesis.
+        """Final states [N, D], to project, of ``ids_N``, the newest piece of every hypothesis.
 
         ``state`` takes the position in. Rows are sentences' hypotheses, one sentence after the
         other; no gradients. ``record`` takes the last layer's cross-attention, [B, H, J, S].
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
                 state.memory_mask,
                 record if index == last else None,
             )
-        return self.project(self.decoder_norm(states_ND))
+        return self.decoder_norm(states_ND)  # type: ignore[no-any-return]
 
     def _encode(
         self, source_BS: Tensor, record: list[Tensor] | None = None

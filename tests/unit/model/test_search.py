@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.search import BOS_ID, EOS_ID, Hypothesis, SearchOptions, search, top
+from model.search import BOS_ID, EOS_ID, Hypothesis, SearchOptions, best_pieces, search
 from model.transformer import Transformer, build
 
 VOCAB = 7
@@ -205,11 +205,16 @@ def test_more_hypotheses_than_the_beam_are_refused() -> None:
 
 
 @pytest.mark.parametrize("columns", [5, 800, 1003])
-def test_top_is_topk(columns: int) -> None:
-    values = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
-    values[:, :2] = -math.inf
-    for ours, theirs in zip(top(values, 5), values.topk(5, dim=1), strict=True):
-        assert torch.equal(ours, theirs)
+def test_best_pieces_are_the_greatest_of_all_rows(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.randn(40, columns, generator=generator)
+    logits[:, :2] = -math.inf
+    offsets = torch.randn(40, 1, generator=generator)
+    offsets[1::4] = -math.inf
+    values, rows, found = best_pieces(logits, offsets, 4, 5)
+    expected = (logits + offsets).view(10, -1).topk(5, dim=1)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(rows * columns + found, expected.indices)
 
 
 def test_an_empty_batch() -> None:
