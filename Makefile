@@ -14,6 +14,8 @@ NAME ?=
 WORKERS ?=
 CHECKPOINT ?= best
 INPUT ?= -
+TEST_SET ?=
+COMPARE ?=
 SET ?=
 PYTEST ?=
 SEED ?=
@@ -38,6 +40,7 @@ help: ## Show this list
 	@echo
 	@echo "Variables (with what they are now):"
 	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
+	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)"
 	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  PYTHON=$(PYTHON)  VENV=$(VENV)"
 	@echo "  PYTEST='...' (arguments for pytest)"
 	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
@@ -96,12 +99,17 @@ resume: setup ## Go on with run NAME from its last checkpoint
 	@$(need_name)$(TRAIN) --resume
 
 .PHONY: evaluate
-evaluate: setup ## Compute BLEU of run NAME on its test set
-	@$(need_name)$(BABELRAY) evaluate $(NAME) --checkpoint $(CHECKPOINT) $(settings)
+evaluate: setup ## Compute BLEU of run NAME on TEST_SET, against the run COMPARE if given
+	@$(need_name)$(BABELRAY) evaluate $(NAME) --checkpoint $(CHECKPOINT) $(settings) \
+		$(if $(TEST_SET),--test-set $(TEST_SET)) $(if $(COMPARE),--compare $(COMPARE))
 
 .PHONY: translate
 translate: setup ## Translate INPUT (by default what you type) with run NAME
 	@$(need_name)$(BABELRAY) translate $(NAME) --checkpoint $(CHECKPOINT) --input $(INPUT) $(settings)
+
+.PHONY: serve
+serve: setup ## Serve run NAME: a page to type in, a JSON endpoint (Ctrl-C ends)
+	@$(need_name)$(BABELRAY) serve $(NAME) --checkpoint $(CHECKPOINT) $(settings)
 
 .PHONY: report
 report: setup ## Write the page of run NAME
@@ -120,8 +128,8 @@ chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FA
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(WRITE),--write) $(FAULTS)
 
 .PHONY: bench
-bench: setup ## Measure speed against alternatives (three quarters of an hour); writes benchmarks/results
-	@for name in stream train overhead checkpoint recovery; do $(BIN)/python benchmarks/$$name.py; done
+bench: setup ## Measure speed against alternatives (an hour); writes benchmarks/results
+	@for name in stream train overhead checkpoint recovery decode serving; do $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: lint
 lint: setup ## Check style, types, layers, spelling and scripts; changes nothing

@@ -65,6 +65,7 @@ class Narrator:
             "worker_failed": self._worker_failed,
             "waiting": self._waiting,
             "resized": self._resized,
+            "evaluated": self._evaluated,
             "finished": self._finished,
         }
 
@@ -77,6 +78,7 @@ class Narrator:
         if isinstance(event.get("step"), int) and event["event"] not in {
             "checkpoint",
             "save_failed",
+            "evaluated",
         }:
             self.last_step = event["step"]
         return teller(event)
@@ -104,6 +106,13 @@ class Narrator:
         return (
             f"step {event['step']:>6}  checkpoint saved: {megabytes:.1f} MB"
             f" in {_number(event.get('seconds'), '.1f')} s{best}"
+        )
+
+    def _evaluated(self, event: dict[str, Any]) -> str:
+        best = ", the best so far" if event.get("best") else ""
+        return (
+            f"step {event['step']:>6}  BLEU {_number(event.get('bleu'), '.2f')} on "
+            f"{event.get('test_set')}{best}"
         )
 
     def _started(self, event: dict[str, Any]) -> str:

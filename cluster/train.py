@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import session
 from cluster.failures import explain, failures_path, is_stop
@@ -26,6 +26,9 @@ from cluster.progress import Narrator, Tail
 from cluster.ranks import Task
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import STOP_FILE, RunConfig
+
+if TYPE_CHECKING:
+    from cluster.validation_bleu import Scorer
 
 # A number of workers, or the least and the most.
 Workers = int | tuple[int, int]
@@ -120,7 +123,8 @@ def start(
             fit = _Fit(
                 task, workers, use_gpu=ray_session.num_gpus > 0, is_local=ray_session.is_local
             )
-            narrator = _watch(fit, config, run_dir, interrupts, say)
+            scorer = _scorer(config, run_dir, say)
+            narrator = _watch(fit, scorer, config, run_dir, interrupts, say)
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt
@@ -141,6 +145,7 @@ def start(
 
 def _watch(
     fit: _Fit,
+    scorer: Scorer | None,
     config: RunConfig,
     run_dir: Path,
     interrupts: _Interrupts,
@@ -150,17 +155,36 @@ def _watch(
     narrator = Narrator(config)
     tails = Tail(run_dir / "events.jsonl"), Tail(failures_path(run_dir))
     fit.start()
+
+    def tell() -> None:
+        for tail in tails:
+            for event in tail.read():
+                if scorer is not None:
+                    scorer.hear(event)
+                line = narrator.line(event)
+                if line is not None:
+                    say(line)
+
     is_over = False
     while not is_over:
         fit.join(_POLL_S)
         is_over = interrupts.at_once or not fit.is_alive()  # then what is logged is complete
         interrupts.repeat()
-        for tail in tails:
-            for event in tail.read():
-                line = narrator.line(event)
-                if line is not None:
-                    say(line)
+        tell()
+        if scorer is not None and not is_over:
+            scorer.poll()
+    if scorer is not None:
+        scorer.finish(lambda: fit.error is not None or interrupts.signal is not None)
+        tell()
     return narrator
+
+
+def _scorer(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> Scorer | None:
+    if config.trainer.bleu_every is None:
+        return None
+    from cluster.validation_bleu import Scorer
+
+    return Scorer(config, run_dir, say)
 
 
 def check_lanes(config: RunConfig, workers: Workers | None) -> None:

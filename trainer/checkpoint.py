@@ -42,6 +42,7 @@ COMMIT = "COMMIT"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 BEST = "best.json"
+_PINNED = "pinned.json"
 
 _FOLDER = "checkpoints"
 _ATTEMPT = f"{_FOLDER}/attempt.json"
@@ -210,19 +211,19 @@ class Checkpoints:
         Raises:
             StorageError: ``best.json`` cannot be read.
         """
-        try:
-            return int(json.loads(self.storage.read(BEST))["step"])
-        except MissingError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{self.storage.where(BEST)} cannot be read ({error}): remove it"
-            ) from None
+        return self._noted(BEST)
 
-    def set_best(self, step: int, valid_nll: float | None) -> None:
-        """Note which checkpoint is the best, where readers look for it."""
-        content = json.dumps({"step": step, "valid_nll": valid_nll})
+    def set_best(self, step: int, **measures: float | None) -> None:
+        """Note which checkpoint is the best, and by what, where readers look for it."""
+        content = json.dumps({"step": step, **measures})
         self.storage.write(BEST, f"{content}\n".encode())
+
+    def pin(self, step: int | None) -> None:
+        """Let retention keep this one, too, while somebody works with it; None lets it go."""
+        if step is None:
+            self.storage.remove(_PINNED)
+        else:
+            self.storage.write(_PINNED, json.dumps({"step": step}).encode() + b"\n")
 
     def begin_attempt(self, token: str) -> None:
         """Make this the one attempt that may commit, and clear away what earlier ones left.
@@ -252,7 +253,7 @@ class Checkpoints:
             tag: files with this in their names stay: ranks may be writing them at this moment.
             step: the checkpoint that is being written: its folder stays, even if it is empty.
         """
-        for file in (BEST, _ATTEMPT):
+        for file in (BEST, _PINNED, _ATTEMPT):
             folder, _, name = file.rpartition("/")
             for draft in self.storage.names(folder):
                 if draft.startswith(f".{name}."):
@@ -286,21 +287,22 @@ class Checkpoints:
         """Remove all of them, and what is noted about them: the run begins anew."""
         for step in self.committed():
             self.uncommit(step)
-        self.storage.remove(_FOLDER)
-        self.storage.remove(BEST)
+        for name in (_FOLDER, BEST, _PINNED):
+            self.storage.remove(name)
 
     def retain(self, *, keep: int, best: int | None) -> None:
-        """Drop all but the newest ``keep``, the best, and the newest that verifies.
+        """Drop all but the newest ``keep``, the best, a pinned one, and the newest that verifies.
 
         In a remote storage the last is judged by the files' sizes: object stores check contents on
         arrival, and fetching everything after each save would cost more than it tells.
         """
         steps = self.committed()
         kept = {*steps[-keep:], best}
-        try:
-            kept.add(self.best())
-        except StorageError as error:
-            log.warning("%s", error)
+        for file in (BEST, _PINNED):
+            try:
+                kept.add(self._noted(file))
+            except StorageError as error:
+                log.warning("%s", error)
         if kept.issuperset(steps):
             return
         hashes = self.storage.folder is not None
@@ -313,6 +315,17 @@ class Checkpoints:
         for step in steps:
             if step not in kept and step != trusted:
                 self.drop(step)
+
+    def _noted(self, file: str) -> int | None:
+        """The step that a file beside the checkpoints names."""
+        try:
+            return int(json.loads(self.storage.read(file))["step"])
+        except MissingError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{self.storage.where(file)} cannot be read ({error}): remove it"
+            ) from None
 
     def _steps(self) -> list[int]:
         numbers = (

@@ -116,7 +116,8 @@ class Commit:
         if not self._checkpoints.is_attempt(self._token):
             return  # what lies there is a newer attempt's by now
         if best is not None and best in self._checkpoints.committed() and best != self._best():
-            self._checkpoints.set_best(best, json.loads(self._state).get("best_nll"))
+            best_nll = json.loads(self._state).get("best_nll")
+            self._checkpoints.set_best(best, valid_nll=best_nll)
         self._checkpoints.clean(None)
         self._checkpoints.retain(keep=keep, best=best)
 

@@ -42,7 +42,10 @@ class TrainerConfig(BaseModel):
         None, gt=0, description="training time (set-up not counted) over all resumes of the run"
     )
     patience: int | None = Field(
-        None, ge=1, description="validations without a better loss before stopping early"
+        None,
+        ge=1,
+        description="validations (of the loss, or of BLEU: best_by) without a better one before "
+        "stopping early",
     )
 
     # The step.
@@ -77,6 +80,15 @@ class TrainerConfig(BaseModel):
     # When to look and to save, in steps.
     log_every: int = Field(50, ge=1)
     validate_every: int = Field(1000, ge=1)
+    bleu_every: int | None = Field(
+        None,
+        ge=1,
+        description="score a checkpoint with BLEU on the validation set every so many steps, "
+        "beside the training",
+    )
+    best_by: Literal["loss", "bleu"] = Field(
+        "loss", description="what makes a checkpoint the best: validation loss, or BLEU"
+    )
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(5, ge=1, description="newest kept; the best is kept besides")
     threads: int | None = Field(
@@ -200,6 +212,10 @@ class RunConfig(BaseModel):
         if self.trainer.max_steps is None and self.trainer.max_minutes is None:
             raise ValueError(
                 "the run would never end: set trainer.max_steps or trainer.max_minutes"
+            )
+        if self.trainer.best_by == "bleu" and self.trainer.bleu_every is None:
+            raise ValueError(
+                "trainer.best_by is bleu, but BLEU is never computed: set trainer.bleu_every"
             )
         if self.model.positions == "learned" and self.data.max_length > self.model.max_positions:
             raise ValueError(

@@ -6,7 +6,10 @@ from __future__ import annotations
 # size. (trainer.config.STOP_FILE asks it to save and end.)
 HOLD_FILE = "hold"
 
-# Rank 0's answer, after the commit: {"step": s}.
+# Asks a run that does not improve any more to save and end: it has stopped early.
+EARLY_STOP_FILE = "early_stop"
+
+# Rank 0's answer to HOLD_FILE, after the commit: {"step": s}.
 HELD_FILE = "held"
 
 

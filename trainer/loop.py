@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from data_shards.errors import RunFailedError
 from data_shards.plan import lanes_of_rank
 from data_shards.stream import StepBatches, Stream
 from trainer.config import STOP_FILE, RunConfig
-from trainer.control import HELD_FILE, HOLD_FILE, Handover
+from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE, Handover
 from trainer.events import EventLog
 from trainer.guard import Guard, Reason
 from trainer.metrics import Metrics
@@ -29,6 +30,7 @@ from trainer.saving import NUM_FLAGS, Saving
 from trainer.schedule import learning_rate, progress
 from trainer.storage import write_atomically
 from trainer.validation import empty_batch
+from trainer.validation_bleu import latest_bleu
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,7 @@ class StepTotals:
     nll_sum: float
     data_hash: int
     elapsed_s: float  # rank 0's clock
-    stop_requested: bool
-    hold_requested: bool
+    requests: frozenset[str]  # of _REQUESTS
     saving: list[float]
     bad_lanes: list[int]  # whose own loss is not finite
 
@@ -79,7 +80,7 @@ class Loop:
             Handover: a checkpoint was asked for, to go on with another group of ranks.
         """
         # A resume with a smaller bound, or of a finished run, has nothing to do.
-        reason = self._reason_to_stop(stop_requested=False)
+        reason = self._reason_to_stop()
         if reason:
             self.reporter.finished(reason)
             return reason
@@ -134,21 +135,22 @@ class Loop:
                 totals = self._accumulate(batches, clock_offset_s)
                 self.saving.hear(*totals.saving)
                 self._update(totals, batches.step, waited_s)
-                reason = self._reason_to_stop(stop_requested=totals.stop_requested)
+                reason = self._reason_to_stop(totals.requests)
+                hold = HOLD_FILE in totals.requests
                 improved = False
                 if state.step % config.validate_every == 0 or reason not in (None, "stopped"):
                     improved = self._validate()
-                    reason = reason or self._reason_to_stop(stop_requested=False)
+                    reason = reason or self._reason_to_stop()
                 if improved or state.step % config.checkpoint_every == 0:
                     self.saving.wanted = True
                 if improved:
                     self.saving.make_way()  # so that it is these very weights that are saved
-                if reason or totals.hold_requested:
+                if reason or hold:
                     self.rank.phase = "saving"
                     self.saving.save_now(self._described, state.step)
                 else:
                     self.saving.begin_if_wanted(self._described, state.step)
-                if totals.hold_requested and not reason:
+                if hold and not reason:
                     self._hand_over()
         return reason
 
@@ -189,14 +191,14 @@ class Loop:
         self.rank.phase = "waiting for the other ranks in the step's reduction"
         if self.rank.world_size > 1:
             torch.distributed.all_reduce(numbers)
-        loss_total, nll_total, high, low, elapsed_s, stop, hold, *others = numbers.tolist()
+        loss_total, nll_total, high, low, elapsed_s, *others = numbers.tolist()
+        asked, others = others[: len(_REQUESTS)], others[len(_REQUESTS) :]
         return StepTotals(
             loss_sum=loss_total,
             nll_sum=nll_total,
             data_hash=((int(high) << 32) + int(low)) & _MASK64,
             elapsed_s=elapsed_s,
-            stop_requested=stop > 0,
-            hold_requested=hold > 0,
+            requests=frozenset(name for name, asks in zip(_REQUESTS, asked, strict=True) if asks),
             saving=others[:NUM_FLAGS],
             bad_lanes=[lane for lane, bad in enumerate(others[NUM_FLAGS:]) if bad],
         )
@@ -286,16 +288,18 @@ class Loop:
         state.target_tokens += self.plan.target_tokens(step)
         state.source_tokens += self.plan.source_tokens(step)
 
-    def _reason_to_stop(self, *, stop_requested: bool) -> str | None:
+    def _reason_to_stop(self, requests: frozenset[str] = frozenset()) -> str | None:
         """Decided from what all ranks know alike."""
         config, state = self.config.trainer, self.state
         if config.max_steps is not None and state.step >= config.max_steps:
             return "max_steps"
         if config.max_minutes is not None and state.elapsed_s >= config.max_minutes * 60:
             return "max_minutes"
-        if config.patience is not None and state.stale_validations >= config.patience:
+        stale = config.patience is not None and state.stale_validations >= config.patience
+        # By BLEU, who scores the checkpoints also counts them, and asks.
+        if EARLY_STOP_FILE in requests or (stale and config.best_by == "loss"):
             return "early_stopping"
-        return "stopped" if stop_requested else None
+        return "stopped" if STOP_FILE in requests else None
 
     def _hand_over(self) -> None:
         """The checkpoint is committed: tell who asked for it, and leave."""
@@ -306,7 +310,7 @@ class Loop:
         raise Handover(f"saved at step {step} to go on with another group of workers")
 
     def _validate(self) -> bool:
-        """Validation loss over all ranks; True if it is the best so far."""
+        """Validation loss over all ranks; True if it makes this the best checkpoint so far."""
         self.rank.phase = "validating"
         began = time.monotonic()
         self.engine.train(False)
@@ -327,12 +331,14 @@ class Loop:
         nll_mean = nll_sum.item() / self.rank.validation.target_tokens
         state = self.state
         improved = state.best_nll is None or nll_mean < state.best_nll
+        by_loss = self.config.trainer.best_by == "loss"
         if improved:
-            state.best_nll, state.best_step, state.stale_validations = nll_mean, state.step, 0
+            state.best_nll, state.stale_validations = nll_mean, 0
+            state.best_step = state.step if by_loss else None
         else:
             state.stale_validations += 1
         self.reporter.validated(nll_mean, improved, time.monotonic() - began)
-        return improved
+        return improved and by_loss
 
     def _described(self) -> dict[str, Any]:
         """What ``state.json`` of a checkpoint taken now holds."""
@@ -379,6 +385,7 @@ def _train_first(this: Rank, passed_over: dict[int, list[str]] | None) -> str:
     _forget_requests(run_dir)
     events = EventLog(run_dir / "events.jsonl")
     metrics = Metrics(run_dir.name, host=config.metrics_host, port=config.metrics_port)
+    metrics.valid_bleu.set_function(partial(latest_bleu, run_dir))
     try:
         events.write(
             "started" if passed_over is None else "resumed",
@@ -400,8 +407,8 @@ def _train_first(this: Rank, passed_over: dict[int, list[str]] | None) -> str:
         events.close()
 
 
-# Rank 0 looks for these files at each step: stop, hold.
-_REQUESTS = (STOP_FILE, HOLD_FILE)
+# Rank 0 looks for these files at each step.
+_REQUESTS = (STOP_FILE, HOLD_FILE, EARLY_STOP_FILE)
 
 
 def _forget_requests(run_dir: Path) -> None:

@@ -32,6 +32,9 @@ class Metrics:
         self.loss = self._gauge("loss_nats", "Training loss a target token, label-smoothed.")
         self.nll = self._gauge("nll_nats", "Training negative log-likelihood a target token.")
         self.valid_nll = self._gauge("valid_nll_nats", "Validation negative log-likelihood.")
+        self.valid_bleu = self._gauge(
+            "valid_bleu", "BLEU of the newest checkpoint scored on the validation set."
+        )
         self.learning_rate = self._gauge("learning_rate", "Learning rate of the last update.")
         self.grad_norm = self._gauge("grad_norm", "Gradient norm before clipping.")
         self.tokens_per_second = self._gauge(

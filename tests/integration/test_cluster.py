@@ -200,3 +200,31 @@ def test_a_damaged_shard_ends_the_run_with_its_name(
     log = workplace.folder / "runs" / "two" / "logs" / "driver.log"
     assert str(log.parent) in text
     assert "Traceback" in log.read_text()
+
+
+def test_bleu_is_computed_beside_the_training_decides_the_best_and_stops_it(
+    workplace: Workplace,
+) -> None:
+    """With a rate of nearly nothing the first score cannot be beaten."""
+    training = workplace.train(
+        "--config", "toy.yaml", "--name", "flat",
+        "--set", "trainer.peak_learning_rate=1e-12", "--set", "trainer.bleu_every=40",
+        "--set", "trainer.best_by=bleu", "--set", "trainer.patience=1",
+        "--set", "trainer.keep_checkpoints=1", "--set", "trainer.validate_every=30",
+        "--set", "evaluation.beam=1", "--set", "evaluation.max_extra_length=2",
+    )  # fmt: skip
+    assert training.end() == 0, training.text()
+    assert "finished (early_stopping)" in training.text()
+    scored = workplace.events("flat", "evaluated")
+    assert len(scored) >= 2
+    assert [event["best"] for event in scored] == [True] + [False] * (len(scored) - 1)
+    assert {event["test_set"] for event in scored} == {"valid"}
+    run_dir = workplace.folder / "runs" / "flat"
+    best = json.loads((run_dir / "best.json").read_text())
+    assert best == {"step": scored[0]["step"], "bleu": scored[0]["bleu"]}
+    # The best one stays, though only the newest is kept besides.
+    last = max(event["step"] for event in workplace.events("flat", "checkpoint"))
+    steps = sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
+    assert steps == [scored[0]["step"], last]
+    assert scored[-1]["step"] == last, "the last checkpoint is scored after the training"
+    assert not (run_dir / "early_stop").exists()

@@ -115,9 +115,18 @@ def test_retention_keeps_the_newest_and_the_best(saved: Checkpoints) -> None:
         group.save(step)
     saved.retain(keep=2, best=1)
     assert saved.committed() == [1, 4, 5]
-    saved.set_best(1, 0.5)
+    saved.set_best(1, valid_nll=0.5)
     saved.retain(keep=1, best=None)
     assert saved.committed() == [1, 5]
+
+
+def test_retention_keeps_what_somebody_works_with(saved: Checkpoints) -> None:
+    saved.pin(1)
+    saved.retain(keep=1, best=None)
+    assert saved.committed() == [1, 2]
+    saved.pin(None)
+    saved.retain(keep=1, best=None)
+    assert saved.committed() == [2]
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
@@ -173,7 +182,7 @@ def test_a_damaged_checkpoint_is_left_for_a_rescue(saved: Checkpoints) -> None:
 
 
 def test_all_of_them_can_be_cleared_away(saved: Checkpoints) -> None:
-    saved.set_best(1, 0.5)
+    saved.set_best(1, valid_nll=0.5)
     saved.storage.write("mine", b"")
     saved.clear()
     assert saved.storage.names("") == ["mine"]

@@ -1,0 +1,62 @@
+"""Scores of checkpoints while a run trains: which is the best, and how long ago that was."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.errors import UserError
+from trainer.evaluate import evaluate
+from trainer.validation_bleu import BleuHistory, latest_bleu, score_checkpoint, write_latest
+
+
+def scored(step: int, bleu: float, **values: Any) -> dict[str, Any]:
+    event = {"event": "evaluated", "test_set": "valid", "checkpoint": str(step), "step": step}
+    return {**event, "bleu": bleu, **values}
+
+
+def test_the_best_is_the_first_of_equals_and_what_came_since_is_stale():
+    history = BleuHistory.of([scored(10, 3.0), scored(20, 5.0), scored(30, 5.0), scored(40, 4.0)])
+    assert (history.last_step, history.best_step, history.best_bleu) == (40, 20, 5.0)
+    assert history.stale == 2
+    assert history.add(50, 5.1)
+    assert (history.best_step, history.stale) == (50, 0)
+    assert not history.add(60, 5.0)
+
+
+def test_other_evaluations_do_not_count_and_of_one_step_the_later_does():
+    history = BleuHistory.of(
+        [
+            {"event": "step", "step": 5},
+            scored(10, 9.0, test_set="test"),
+            scored(10, 8.0, checkpoint="average-5"),
+            scored(20, 4.0),
+            scored(20, 2.0),
+        ]
+    )
+    assert (history.last_step, history.best_step, history.best_bleu) == (20, 20, 2.0)
+    assert BleuHistory.of([]) == BleuHistory()
+
+
+@pytest.fixture
+def run_dir(trained_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained_run, tmp_path / "runs" / "demo")
+
+
+def test_the_score_is_that_of_the_evaluation(run_dir):
+    values = score_checkpoint(run_dir, 120, threads=1)
+    assert math.isnan(latest_bleu(run_dir))
+    write_latest(run_dir, values)
+    assert latest_bleu(run_dir) == values["bleu"]
+    result = evaluate(run_dir, checkpoint="120", test_set="valid")
+    assert values["bleu"] == result.bleu > 10
+    assert values["signature"] == result.signature
+
+
+def test_a_checkpoint_that_is_gone_is_named(run_dir):
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        score_checkpoint(run_dir, 7, threads=1)
