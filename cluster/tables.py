@@ -25,7 +25,7 @@ def audit_table(audit: Audit) -> str:
     verdicts = ["", *map(_verdict, audit.epochs)]
     lines = [
         f"{line}  {verdict}".rstrip()
-        for line, verdict in zip(_right_aligned([head, *cells]), verdicts, strict=True)
+        for line, verdict in zip(right_aligned([head, *cells]), verdicts, strict=True)
     ]
     for reason in sorted({skip.reason for skip in audit.skipped}):
         skips = [skip for skip in audit.skipped if skip.reason == reason]
@@ -53,7 +53,8 @@ def _verdict(row: EpochAudit) -> str:
     return "exact" if row.steps == row.steps_per_epoch else "exact so far"
 
 
-def _right_aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def right_aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Each row as a line, in columns that end at the same place."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

@@ -1,7 +1,7 @@
-"""BLEU and chrF of a run's checkpoint, with all that is needed to compare or repeat the number.
+"""Scores of a run's checkpoints, with all that is needed to compare or repeat the numbers.
 
-A BLEU without its signature is not comparable (Post 2018), so every score is stored with
-sacreBLEU's: cased, 13a tokenisation, one reference, on detokenised text.
+A score without its signature is not comparable (Post 2018), so each is stored with it, together
+with the settings of the search, the hypotheses, and a digest of all that decided them.
 """
 
 from __future__ import annotations
@@ -9,29 +9,37 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from sacrebleu.metrics import BLEU, CHRF
 
 from data_shards.errors import UserError
+from data_shards.manifest import Manifest
+from trainer import breakdown, evaluation_metrics
+from trainer.compare import Comparison, compare
 from trainer.config import EvaluationConfig
+from trainer.decoding_job import Decoder, Say, System, Translated, decode_here, translate_all
 from trainer.events import EventLog
-from trainer.run import LoadedModel, evaluation_dir, events_path, load_model
+from trainer.frequency import training_words
+from trainer.run import evaluation_dir, events_path, read_config
+from trainer.scores import Scores, score
 from trainer.storage import write_atomically
-from trainer.translate import read_lines, translate
+from trainer.test_sets import TestSet, open_test_sets, read_test_set
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation; the fields of its JSON file, ``file`` aside."""
+    """One evaluation; the fields of its JSON file, ``file`` aside.
+
+    What has a default is missing in files of earlier versions.
+    """
 
     test_set: str
     checkpoint: str
@@ -47,13 +55,27 @@ class Result:
     length_penalty: float
     max_extra_length: int
     batch_tokens: int
-    seconds: float
-    sentences_per_second: float
+    seconds: float  # spent decoding, added up over all processes that decoded
+    sentences_per_second: float  # of one process
     hypotheses: str  # the file's name, beside the JSON file
-    source: str | None  # the user's own files; None for a split of the run's corpus
+    source: str | None  # the user's own files; None for a test set that has a name
     reference: str | None
     time: float
     file: Path
+    run: str | None = None
+    ter: float | None = None
+    ter_signature: str | None = None
+    paper_bleu: float | None = None  # tokenised, compounds split: see trainer.scores.paper_bleu
+    paper_signature: str | None = None
+    paper_detail: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # the whole evaluation section
+    ensemble: tuple[str, ...] = ()
+    digest: str | None = None
+    by_length: list[dict[str, Any]] = field(default_factory=list)
+    by_frequency: list[dict[str, Any]] = field(default_factory=list)
+    frequency_note: str | None = None
+    worst: list[dict[str, Any]] = field(default_factory=list)
+    comparison: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the JSON file holds."""
@@ -72,86 +94,73 @@ class Result:
         values = json.loads(file.read_text(encoding="utf-8"))
         try:
             steps = tuple(values.pop("averaged_steps"))
-            return cls(**values, averaged_steps=steps, file=file)
+            ensemble = tuple(values.pop("ensemble", ()))
+            return cls(**values, averaged_steps=steps, ensemble=ensemble, file=file)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not an evaluation: {error}") from None
 
 
 @dataclass(frozen=True)
-class TestSet:
-    """Parallel sentences with the name that they are reported under."""
+class Evaluated:
+    """A result with its sentences."""
 
-    # Not a test case, though pytest's collection would take it for one by its name.
-    __test__ = False
-
-    name: str
-    sources: list[str]
-    references: list[str]
-    files: tuple[Path, Path] | None = None
+    result: Result
+    test_set: TestSet
+    hypotheses: list[str]
 
 
 def evaluate(
     run_dir: Path,
     *,
     checkpoint: str = "best",
-    test_set: Literal["test", "valid"] = "test",
+    test_set: str = "test",
     source: Path | None = None,
     reference: Path | None = None,
-    beam: int | None = None,
-    length_penalty: float | None = None,
-    max_extra_length: int | None = None,
-    batch_tokens: int | None = None,
     threads: int | None = None,
     device: str | torch.device | None = None,
+    **settings: float | None,
 ) -> Result:
-    """Translate a test set and score it against its references.
-
-    Writes ``evaluation/<test set>-<checkpoint>.json`` and the hypotheses beside it, each whole or
-    not at all, and logs an ``evaluated`` event.
+    """Translate one test set in this process and score it.
 
     Args:
         run_dir: the run's folder.
-        checkpoint: best, last, average, average:N or a step (see ``trainer.run.load_model``).
-        test_set: a split of the run's own corpus; not used if ``source`` is given.
+        checkpoint: best, last, average, average:N, ema or a step (see ``trainer.run.load_model``).
+        test_set: a name; not used if ``source`` is given.
         source, reference: two files of the user's own, line by line parallel; both or neither.
-        beam, length_penalty, max_extra_length, batch_tokens: instead of the configuration's.
         threads: CPU threads while decoding; by default as torch chose.
         device: where to decode; by default a GPU if there is one.
+        settings: fields of the evaluation section, instead of the run's.
 
     Raises:
-        UserError: no such run, checkpoint or file; a setting out of range; source and reference
-            of different length.
+        UserError: no such run, checkpoint, test set or file; a setting out of range; source and
+            reference of different length.
+    """
+    test_sets = find_test_sets(run_dir, [test_set], source=source, reference=reference)
+    evaluation = override(read_config(run_dir).evaluation, **settings)
+    decode = partial(decode_here, threads=threads, device=device)
+    system = System(run_dir, checkpoint, evaluation)
+    return evaluate_systems([system], test_sets, decode=decode)[0].result
+
+
+def find_test_sets(
+    run_dir: Path,
+    names: Sequence[str],
+    *,
+    source: Path | None = None,
+    reference: Path | None = None,
+    mirror: str | None = None,
+) -> list[TestSet]:
+    """The user's own files, or the named test sets for the languages of the run's corpus.
+
+    Raises:
+        UserError: a file or a name that is not there, files that are not parallel.
     """
     if (source is None) != (reference is None):
         raise UserError("give both a source and a reference file, or neither")
-    # The user's files are read before the model is loaded: a typo is told at once.
-    given = None
     if source is not None and reference is not None:
-        given = read_test_set(source, reference)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(run_dir, checkpoint, device=device)
-    evaluation = override(
-        loaded.config.evaluation,
-        beam=beam,
-        length_penalty=length_penalty,
-        max_extra_length=max_extra_length,
-        batch_tokens=batch_tokens,
-    )
-    tested = given or _split(loaded, test_set)
-    log.info(
-        "translating %d sentences of %s with checkpoint %s (step %d)",
-        len(tested.sources), tested.name, loaded.label, loaded.step,
-    )  # fmt: skip
-    start = time.perf_counter()
-    with _threads(threads):
-        hypotheses = list(
-            translate(loaded, tested.sources, evaluation, chunk_lines=len(tested.sources))
-        )
-    seconds = time.perf_counter() - start
-    result = _score(run_dir, loaded, tested, hypotheses, evaluation, seconds)
-    _write(run_dir, result, hypotheses)
-    return result
+        return [read_test_set(source, reference)]
+    manifest = Manifest.load(read_config(run_dir).data.folder())
+    return open_test_sets(names, manifest, mirror=mirror)
 
 
 def override(evaluation: EvaluationConfig, **values: float | None) -> EvaluationConfig:
@@ -168,119 +177,188 @@ def override(evaluation: EvaluationConfig, **values: float | None) -> Evaluation
         raise UserError("; ".join(reasons)) from None
 
 
-def read_test_set(source: Path, reference: Path) -> TestSet:
-    """Two parallel files as a test set named after the source file.
+def evaluate_systems(
+    systems: Sequence[System],
+    test_sets: Sequence[TestSet],
+    *,
+    decode: Decoder,
+    compared: Sequence[System] = (),
+    say: Say = log.info,
+) -> list[Evaluated]:
+    """Translate every test set with every system and score it.
+
+    Writes ``evaluation/<test set>-<checkpoint>.json`` and the hypotheses beside it into the folder
+    of the systems' run, each whole or not at all, and logs an ``evaluated`` event for each. Until
+    then what is translated lies in ``….partial.jsonl`` there, and a second call goes on with it.
+
+    Args:
+        systems: checkpoints of one run.
+        test_sets: what to translate.
+        decode: decodes batches, here or elsewhere.
+        compared: systems, of this or of other runs, that each of ``systems`` is compared with.
+            Nothing is written into their runs.
+        say: takes lines for the person who watches.
+
+    Returns:
+        System by system, test set by test set.
 
     Raises:
-        UserError: a file is missing, not UTF-8 or empty, or they differ in length.
+        UserError: a system cannot be loaded or translates into another language; another process
+            makes one of these evaluations.
+        RunFailedError: decoding failed.
     """
-    sources, references = _read_text(source), _read_text(reference)
-    if len(sources) != len(references):
-        raise UserError(
-            f"source and reference are not parallel: {source} has {len(sources)} lines, "
-            f"{reference} has {len(references)}"
-        )
-    if not sources:
-        raise UserError(f"nothing to evaluate: {source} is empty")
-    return TestSet(
-        name=source.name,
-        sources=sources,
-        references=references,
-        files=(source.resolve(), reference.resolve()),
-    )
+    run_dir = systems[0].run_dir
+    folder = evaluation_dir(run_dir)
+    _check_languages(systems[0], compared)
+    named = [(system, "") for system in systems]
+    named += [(system, f"{system.run_dir.name}@") for system in compared]
+    translated = translate_all(named, test_sets, folder, decode=decode, say=say)
+    num_own = len(systems) * len(test_sets)
+    evaluated = []
+    for own in translated[:num_own]:
+        others = [other for other in translated[num_own:] if other.test_set is own.test_set]
+        comparison = _compare(own, others) if others else None
+        evaluated.append(_evaluated(own, folder, comparison))
+    for other in translated[num_own:]:
+        _write_lines(_hypotheses_file(other.partial), other.hypotheses)
+    _write(run_dir, evaluated)
+    for item in translated:
+        item.partial.unlink(missing_ok=True)
+    return evaluated
 
 
-def _read_text(file: Path) -> list[str]:
-    try:
-        with file.open("rb") as stream:
-            return list(read_lines(stream, name=str(file)))
-    except FileNotFoundError:
-        raise UserError(f"file not found: {file}") from None
-    except OSError as error:
-        raise UserError(f"file cannot be read: {file}: {error.strerror}") from None
+def _check_languages(first: System, compared: Sequence[System]) -> None:
+    def languages(system: System) -> tuple[str, str]:
+        data = Manifest.load(read_config(system.run_dir).data.folder()).data
+        return data.source_language, data.target_language
+
+    for other in compared:
+        if other.run_dir != first.run_dir and languages(other) != languages(first):
+            raise UserError(
+                f"{other.run_dir.name} translates {'-'.join(languages(other))} and "
+                f"{first.run_dir.name} {'-'.join(languages(first))}: they cannot be compared"
+            )
 
 
-def _split(loaded: LoadedModel, name: Literal["test", "valid"]) -> TestSet:
-    if name not in ("test", "valid"):
-        raise UserError(
-            f"unknown test set {name!r}: use test or valid, or give source and reference files"
-        )
-    sources, references = (
-        loaded.manifest.split_text(name) if name in loaded.manifest.data.splits else ([], [])
-    )
-    if not sources:
-        raise UserError(
-            f"the corpus in {loaded.manifest.folder} has no {name} sentences: "
-            "give source and reference files"
-        )
-    return TestSet(name=name, sources=sources, references=references)
+def _compare(own: Translated, others: Sequence[Translated]) -> Comparison:
+    """Two systems of one name would be told apart by a number."""
+    named: dict[str, Sequence[str]] = {}
+    for item in (own, *others):
+        name = f"{item.system.run_dir.name} {item.label}"
+        unique, number = name, 2
+        while unique in named:
+            unique, number = f"{name} ({number})", number + 1
+        named[unique] = item.hypotheses
+    return compare(list(named.items()), own.test_set.reference_streams)
 
 
-def _score(
-    run_dir: Path,
-    loaded: LoadedModel,
-    tested: TestSet,
-    hypotheses: list[str],
-    evaluation: EvaluationConfig,
-    seconds: float,
-) -> Result:
-    bleu, chrf = BLEU(), CHRF()
-    bleu_score = bleu.corpus_score(hypotheses, [tested.references])
-    chrf_score = chrf.corpus_score(hypotheses, [tested.references])
-    stem = f"{tested.name}-{loaded.label}"
-    return Result(
+def _evaluated(own: Translated, folder: Path, comparison: Comparison | None) -> Evaluated:
+    tested, evaluation = own.test_set, own.system.evaluation
+    references = tested.reference_streams
+    scores = score(own.hypotheses, references, target_language=own.manifest.target_language)
+    hypotheses = _hypotheses_file(own.partial)
+    result = Result(
         test_set=tested.name,
-        checkpoint=loaded.label,
-        step=loaded.step,
-        averaged_steps=loaded.steps,
-        num_sentences=len(hypotheses),
-        bleu=float(bleu_score.score),
-        signature=str(bleu.get_signature()),
-        bleu_detail=str(bleu_score),
-        chrf=float(chrf_score.score),
-        chrf_signature=str(chrf.get_signature()),
+        checkpoint=own.label,
+        step=own.step,
+        averaged_steps=own.steps,
+        num_sentences=len(own.hypotheses),
+        **_score_fields(scores),
         beam=evaluation.beam,
         length_penalty=evaluation.length_penalty,
         max_extra_length=evaluation.max_extra_length,
         batch_tokens=evaluation.batch_tokens,
-        seconds=round(seconds, 3),
-        sentences_per_second=round(len(hypotheses) / max(seconds, 1e-9), 2),
-        hypotheses=f"{stem}.hypotheses.txt",
+        seconds=round(own.seconds, 3),
+        sentences_per_second=round(len(own.hypotheses) / max(own.seconds, 1e-9), 2),
+        hypotheses=hypotheses.name,
         source=str(tested.files[0]) if tested.files else None,
         reference=str(tested.files[1]) if tested.files else None,
         time=round(time.time(), 3),
-        file=evaluation_dir(run_dir) / f"{stem}.json",
+        file=folder / f"{tested.stem}-{own.label}.json",
+        run=own.system.run_dir.resolve().name,
+        settings=evaluation.model_dump(mode="json"),
+        ensemble=own.system.ensemble,
+        digest=own.digest,
+        **_breakdown(own),
+        comparison=comparison.to_json() if comparison else None,
+    )
+    return Evaluated(result, tested, own.hypotheses)
+
+
+def _score_fields(scores: Scores) -> dict[str, Any]:
+    return {
+        "bleu": scores.bleu.value,
+        "signature": scores.bleu.signature,
+        "bleu_detail": scores.bleu.detail,
+        "chrf": scores.chrf.value,
+        "chrf_signature": scores.chrf.signature,
+        "ter": scores.ter.value,
+        "ter_signature": scores.ter.signature,
+        "paper_bleu": scores.paper_bleu.value,
+        "paper_signature": scores.paper_bleu.signature,
+        "paper_detail": scores.paper_bleu.detail,
+    }
+
+
+def _breakdown(own: Translated) -> dict[str, Any]:
+    tested, references = own.test_set, own.test_set.reference_streams
+    try:
+        seen = training_words(own.manifest)
+        buckets = breakdown.by_frequency(own.hypotheses, tested.references, seen.counts)
+        by_frequency, note = breakdown.as_rows(buckets), seen.note
+    except UserError as error:  # the scores do not need the training text
+        by_frequency, note = [], f"not counted: {error}"
+    return {
+        "by_length": breakdown.as_rows(
+            breakdown.by_length(tested.sources, own.hypotheses, references)
+        ),
+        "by_frequency": by_frequency,
+        "frequency_note": note,
+        "worst": breakdown.as_rows(breakdown.worst(tested.sources, own.hypotheses, references)),
+    }
+
+
+def _hypotheses_file(partial_file: Path) -> Path:
+    return partial_file.with_name(
+        partial_file.name.removesuffix(".partial.jsonl") + ".hypotheses.txt"
     )
 
 
-def _write(run_dir: Path, result: Result, hypotheses: list[str]) -> None:
-    result.file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{hypothesis}\n" for hypothesis in hypotheses)
-    write_atomically(result.file.with_name(result.hypotheses), text)
-    values = json.dumps(result.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
-    write_atomically(result.file, values + "\n")
+def _write_lines(file: Path, lines: Sequence[str]) -> None:
+    write_atomically(file, "".join(f"{line}\n" for line in lines))
+
+
+def _write(run_dir: Path, evaluated: Sequence[Evaluated]) -> None:
     events = EventLog(events_path(run_dir))
     try:
-        events.write(
-            "evaluated",
-            test_set=result.test_set,
-            checkpoint=result.checkpoint,
-            step=result.step,
-            bleu=result.bleu,
-            chrf=result.chrf,
-            signature=result.signature,
-        )
+        for item in evaluated:
+            result = item.result
+            _write_lines(result.file.with_name(result.hypotheses), item.hypotheses)
+            values = json.dumps(result.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+            write_atomically(result.file, values + "\n")
+            events.write(
+                "evaluated",
+                test_set=result.test_set,
+                checkpoint=result.checkpoint,
+                step=result.step,
+                bleu=result.bleu,
+                chrf=result.chrf,
+                ter=result.ter,
+                paper_bleu=result.paper_bleu,
+                signature=result.signature,
+            )
     finally:
         events.close()
+    name = run_dir.resolve().name
+    evaluation_metrics.write(evaluation_dir(run_dir), name, read_results(run_dir))
 
 
-@contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    """Torch's CPU threads, for the time of the block."""
-    before = torch.get_num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def read_results(run_dir: Path) -> list[Result]:
+    """The results in the run's evaluation folder, oldest first, without unreadable ones."""
+    results = []
+    for file in sorted(evaluation_dir(run_dir).glob("*.json")):
+        try:
+            results.append(Result.read(file))
+        except (OSError, ValueError) as error:
+            log.warning("evaluation passed over: %s: %s", file, error)
+    return sorted(results, key=lambda result: result.time)

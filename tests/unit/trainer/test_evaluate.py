@@ -10,7 +10,17 @@ import torch
 
 from data_shards.errors import UserError
 from tests.runs import pairs, write_lines
-from trainer.evaluate import evaluate
+from trainer import exhibits_evaluation
+from trainer.decoding_job import System, decode_here
+from trainer.evaluate import (
+    Result,
+    evaluate,
+    evaluate_systems,
+    find_test_sets,
+    override,
+    read_results,
+)
+from trainer.frequency import COUNTS_NAME
 from trainer.run import read_config, read_events
 
 
@@ -59,8 +69,10 @@ def test_the_result_file_and_the_event_say_all_that_comparison_needs(run_dir):
     assert event["event"] == "evaluated"
     assert (event["test_set"], event["checkpoint"], event["step"]) == ("valid", "average-2", 180)
     assert (event["bleu"], event["signature"]) == (result.bleu, result.signature)
-    leftovers = [path for path in result.file.parent.iterdir() if path.name.startswith(".")]
-    assert leftovers == []
+    assert sorted(path.name for path in result.file.parent.iterdir()) == [
+        "metrics.prom", "valid-average-2.hypotheses.txt", "valid-average-2.json",
+    ]  # fmt: skip
+    assert Result.read(result.file) == result
 
 
 def test_batch_size_changes_neither_order_nor_score(run_dir):
@@ -69,6 +81,132 @@ def test_batch_size_changes_neither_order_nor_score(run_dir):
         return (result.file.parent / result.hypotheses).read_text()
 
     assert hypotheses(batch_tokens=1) == hypotheses(batch_tokens=10_000)
+
+
+def test_every_metric_and_where_it_is_weak(run_dir):
+    result = evaluate(run_dir, checkpoint="last")
+    hypotheses = (result.file.parent / result.hypotheses).read_text().splitlines()
+    references = Path(read_config(run_dir).data.test_target).read_text().splitlines()
+    assert result.ter == pytest.approx(sacrebleu.corpus_ter(hypotheses, [references]).score)
+    assert result.paper_bleu == pytest.approx(
+        sacrebleu.corpus_bleu(
+            hypotheses, [references], tokenize="none", smooth_method="none", force=True
+        ).score
+    ), "words without any punctuation: the tokens are the words"
+    assert sum(row["num_sentences"] for row in result.by_length) == 30
+    words = sum(len(line.split()) for line in references)
+    assert sum(row["num_reference"] for row in result.by_frequency) == words
+    assert "training pairs" in result.frequency_note
+    assert len(result.worst) == 10
+    chrf = [row["chrf"] for row in result.worst]
+    assert chrf == sorted(chrf)
+
+
+def test_an_evaluation_of_an_earlier_version_is_read(run_dir):
+    result = evaluate(run_dir, checkpoint="last")
+    old = {
+        "test_set", "checkpoint", "step", "averaged_steps", "num_sentences", "bleu", "signature",
+        "bleu_detail", "chrf", "chrf_signature", "beam", "length_penalty", "max_extra_length",
+        "batch_tokens", "seconds", "sentences_per_second", "hypotheses", "source", "reference",
+        "time",
+    }  # fmt: skip
+    values = {key: value for key, value in result.to_json().items() if key in old}
+    result.file.write_text(json.dumps(values))
+    found = Result.read(result.file)
+    assert (found.bleu, found.ter, found.comparison) == (result.bleu, None, None)
+    assert [item.bleu for item in read_results(run_dir)] == [result.bleu]
+    assert exhibits_evaluation.by_frequency(found) is None
+    assert exhibits_evaluation.comparisons([found]) == []
+
+
+def test_a_corpus_whose_shards_are_gone_still_gives_scores(run_dir, tmp_path):
+    config = read_config(run_dir)
+    copy = shutil.copytree(config.data.folder(), tmp_path / "corpus")
+    shutil.rmtree(copy / "shards")
+    (copy / COUNTS_NAME).unlink(missing_ok=True)
+    data = config.data.model_copy(update={"dir": copy})
+    (run_dir / "config.json").write_text(config.model_copy(update={"data": data}).to_json())
+    result = evaluate(run_dir)
+    assert result.bleu > 0
+    assert result.by_frequency == []
+    assert "train-000000.tar" in result.frequency_note
+
+
+class TestComparison:
+    @pytest.fixture(scope="class")
+    def result(self, trained_run, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("compared") / "runs" / "demo"
+        run_dir = shutil.copytree(trained_run, folder)
+        evaluation = override(read_config(run_dir).evaluation)
+        own, *others = (System(run_dir, name, evaluation) for name in ("180", "60", "last"))
+        (found,) = evaluate_systems(
+            [own], find_test_sets(run_dir, ["test"]), decode=decode_here, compared=others
+        )
+        return found.result
+
+    def test_is_stored_with_the_result(self, run_dir, result):
+        rows = {(row["system"], row["metric"]): row for row in result.comparison["rows"]}
+        assert set(rows) == {
+            (system, metric)
+            for system in ("demo 180", "demo 60", "demo last")
+            for metric in ("bleu", "chrf", "ter")
+        }
+        assert result.comparison["baseline"] == "demo 180"
+        assert rows["demo 60", "bleu"]["score"] == pytest.approx(
+            evaluate(run_dir, checkpoint="60").bleu
+        )
+        assert rows["demo 60", "bleu"]["difference"] < 0
+        # The very same checkpoint under another name.
+        assert rows["demo last", "bleu"]["p_randomisation"] == 1.0
+        assert Result.read(result.file) == result
+
+    def test_leaves_only_translations_of_the_others(self, result):
+        assert sorted(path.name for path in result.file.parent.iterdir()) == [
+            "metrics.prom", "test-180.hypotheses.txt", "test-180.json",
+            "test-demo@60.hypotheses.txt", "test-demo@last.hypotheses.txt",
+        ]  # fmt: skip
+
+    def test_is_shown(self, result):
+        (shown,) = exhibits_evaluation.comparisons([result])
+        assert shown["baseline"] == "demo 180"
+        assert {row["metric"] for row in shown["rows"]} == {"BLEU", "chrF", "TER"}
+        assert "12345" in dict(shown["signatures"])["BLEU"]
+
+
+def test_exhibits_of_a_result(run_dir):
+    result = evaluate(run_dir)
+    (row,) = exhibits_evaluation.results([result])
+    assert (row["bleu"], row["ter"], row["paper_bleu"]) == (
+        result.bleu, result.ter, result.paper_bleu,
+    )  # fmt: skip
+    assert [name for name, _ in exhibits_evaluation.signatures([result, result])] == [
+        "BLEU", "TER", "chrF", "paper BLEU",
+    ]  # fmt: skip
+    assert exhibits_evaluation.by_length(result)[0]["words"] == "0-9"
+    seen = exhibits_evaluation.by_frequency(result)
+    assert seen["rows"][-1]["recall"] == pytest.approx(
+        seen["rows"][-1]["matched"] / seen["rows"][-1]["reference"]
+    )
+    assert len(exhibits_evaluation.worst(result)) == 10
+    assert exhibits_evaluation.worst(None) == exhibits_evaluation.by_length(None) == []
+
+
+def test_systems_of_other_languages_are_not_compared(run_dir, tmp_path):
+    config = read_config(run_dir)
+    copy = shutil.copytree(config.data.folder(), tmp_path / "corpus")
+    file = copy / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_language": "fr"}))
+    other = shutil.copytree(run_dir, run_dir.parent / "french")
+    data = config.data.model_copy(update={"dir": copy})
+    (other / "config.json").write_text(config.model_copy(update={"data": data}).to_json())
+    systems = [System(folder, "last", config.evaluation) for folder in (run_dir, other)]
+    with pytest.raises(UserError, match=r"french translates en-fr and demo en-de"):
+        evaluate_systems(
+            systems[:1],
+            find_test_sets(run_dir, ["test"]),
+            decode=decode_here,
+            compared=systems[1:],
+        )
 
 
 def test_the_users_own_files(run_dir, files):

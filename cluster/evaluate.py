@@ -1,0 +1,168 @@
+"""Batches decoded by Ray Data: a pool of actors, each with the model, wherever there is room."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import session
+from cluster.naming import logs_dir
+from data_shards.errors import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from trainer.decoding_job import Batch, Decoded, System
+
+# Each batch is a block of its own, and so a task of its own. Beyond as many, blocks hold several.
+_MOST_BLOCKS = 2000
+
+
+@dataclass(frozen=True)
+class Actors:
+    """How many processes decode: ``least`` to ``most``, by what the cluster has to do and to give.
+
+    ``most`` None: one a GPU, or one a CPU where there is no GPU.
+    """
+
+    least: int = 1
+    most: int | None = None
+
+
+def decode_on_ray(
+    systems: Sequence[System], batches: Sequence[Batch], *, actors: Actors
+) -> Generator[Decoded, None, None]:
+    """Decode on this machine, or on the cluster that RAY_ADDRESS names.
+
+    An actor has one GPU where the cluster has GPUs, otherwise one CPU and one thread. One that dies
+    is replaced, and its batch is decoded again.
+
+    Args:
+        systems: whose runs' folders all machines reach under the same paths.
+        batches: what to decode, system by system.
+        actors: their number.
+
+    Raises:
+        UserError: no cluster answers at RAY_ADDRESS; an actor met a mistake of the user's.
+        RunFailedError: decoding failed, or there is no room for the actors.
+    """
+    with (
+        _ray_writes_to(logs_dir(systems[0].run_dir) / "evaluation.log"),
+        session.connect(
+            min_cpus=min(actors.least, len(batches)), threads=1, dashboard_port=None
+        ) as ray_session,
+    ):
+        has_gpu = ray_session.num_gpus > 0
+        room = int(ray_session.num_gpus if has_gpu else ray_session.num_cpus)
+        _check_room(actors, room, has_gpu=has_gpu)
+        least = min(actors.least, len(batches))
+        most = max(least, min(actors.most or room, room, len(batches)))
+        yield from _decode(systems, batches, least, most, has_gpu=has_gpu)
+
+
+def _decode(
+    systems: Sequence[System], batches: Sequence[Batch], least: int, most: int, *, has_gpu: bool
+) -> Generator[Decoded, None, None]:
+    import ray.data
+
+    from trainer.decoding_job import Decoded
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    # What the user can mend comes as it was raised, and without Ray's own frames in a log.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    rows = [{"batch": json.dumps(vars(batch))} for batch in batches]
+    decoded = ray.data.from_items(
+        rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)
+    ).map_batches(
+        _Actor,
+        fn_constructor_args=(tuple(systems), "cuda" if has_gpu else "cpu"),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, initial_size=most),
+        num_gpus=1 if has_gpu else 0,
+        num_cpus=0 if has_gpu else 1,
+    )
+    try:
+        for row in decoded.iter_rows():
+            yield Decoded(**json.loads(row["decoded"]))
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise _explained(error) from None
+
+
+class _Actor:
+    """A process that decodes; rows are batches as JSON, which needs no schema of Arrow's."""
+
+    def __init__(self, systems: Sequence[System], device: str) -> None:
+        import torch
+
+        from trainer.decoding_job import BatchDecoder
+
+        torch.set_num_threads(1)
+        self._decode = BatchDecoder(systems, device)
+
+    def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
+        import numpy as np
+
+        from trainer.decoding_job import Batch
+
+        found = [
+            json.dumps(vars(self._decode(Batch(**json.loads(row))))) for row in columns["batch"]
+        ]
+        return {"decoded": np.array(found, dtype=object)}
+
+
+@contextmanager
+def _ray_writes_to(file: Path) -> Generator[None, None, None]:
+    """Ray's own lines go to a file; our own still go to the terminal.
+
+    Its C++ part writes to descriptor 2, which Python cannot redirect by itself.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    own, terminal = sys.stderr, os.dup(2)
+    with file.open("a", encoding="utf-8") as log, redirect_stdout(log):
+        os.dup2(log.fileno(), 2)
+        if own is sys.__stderr__:  # else somebody else has redirected it already
+            sys.stderr = os.fdopen(terminal, "w", buffering=1, closefd=False)
+        try:
+            yield
+        finally:
+            sys.stderr = own
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def _check_room(actors: Actors, room: int, *, has_gpu: bool) -> None:
+    if actors.least > room:
+        what = "GPUs" if has_gpu else "CPUs"
+        raise UserError(
+            f"--actors {actors.least}: the cluster has {room} {what}, and each actor takes one: "
+            f"give --actors {room}, or 1:{actors.least} to take what there is"
+        )
+
+
+def _explained(error: BaseException) -> UserError:
+    """The innermost cause: Ray wraps what an actor raised."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for candidate in (cause, getattr(cause, "cause", None)):
+            if isinstance(candidate, UserError):
+                return candidate
+        if type(cause).__name__ == "OutOfMemoryError":
+            from trainer.decoding_job import out_of_memory
+
+            return out_of_memory()
+        error, cause = cause, getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return RunFailedError(
+        f"decoding failed: {lines[-1].strip() if lines else type(error).__name__}. What was "
+        "translated is kept: the same command goes on from there"
+    )

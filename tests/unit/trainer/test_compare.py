@@ -1,0 +1,94 @@
+"""Paired tests: what they find where there is a difference, and where there is none."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from sacrebleu.metrics import BLEU
+
+from trainer.compare import compare
+
+WORDS = [
+    "der",
+    "Hund",
+    "die",
+    "Katze",
+    "Haus",
+    "Baum",
+    "alt",
+    "neu",
+    "sieht",
+    "isst",
+    "rot",
+    "blau",
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    rng = random.Random(1)
+    references = [" ".join(rng.choices(WORDS, k=rng.randint(6, 14))) for _ in range(120)]
+
+    def damaged(share: float) -> list[str]:
+        return [
+            " ".join(rng.choice(WORDS) if rng.random() < share else w for w in line.split())
+            for line in references
+        ]
+
+    return {
+        "reference": references,
+        "good": damaged(0.1),
+        "as good": damaged(0.1),
+        "bad": damaged(0.5),
+    }
+
+
+def run(texts: dict[str, list[str]], *names: str):
+    return compare(
+        [(name, texts[name]) for name in names],
+        [texts["reference"]],
+        bootstrap_samples=300,
+        randomisation_trials=500,
+    )
+
+
+def test_a_real_difference_is_found_and_its_direction_kept(texts) -> None:
+    found = run(texts, "good", "bad", "as good")
+    assert found.baseline == "good"
+    rows = {(row.system, row.metric): row for row in found.rows}
+    assert len(rows) == 9
+    for metric, sign in (("bleu", -1), ("chrf", -1), ("ter", 1)):
+        bad = rows["bad", metric]
+        assert bad.difference * sign > 0
+        assert bad.p_bootstrap < 0.05
+        assert bad.p_randomisation < 0.05
+        assert rows["as good", metric].p_randomisation > 0.05
+        base = rows["good", metric]
+        assert (base.difference, base.p_bootstrap, base.p_randomisation) == (None, None, None)
+    bleu = BLEU().corpus_score(texts["bad"], [texts["reference"]]).score
+    assert rows["bad", "bleu"].score == pytest.approx(bleu)
+    assert abs(rows["bad", "bleu"].mean - bleu) < rows["bad", "bleu"].interval
+
+
+def test_a_system_is_no_better_than_itself(texts) -> None:
+    found = compare(
+        [("one", texts["good"]), ("other", texts["good"])],
+        [texts["reference"]],
+        bootstrap_samples=100,
+        randomisation_trials=100,
+    )
+    others = [row for row in found.rows if row.system == "other"]
+    # sacreBLEU itself would say p = 0.0099, as if that were significant.
+    assert [(row.difference, row.p_bootstrap, row.p_randomisation) for row in others] == [
+        (0, 1.0, 1.0)
+    ] * 3
+
+
+def test_the_same_again_and_what_was_done_is_said(texts) -> None:
+    first, second = run(texts, "good", "bad"), run(texts, "good", "bad")
+    assert first == second
+    assert "bs:300" in first.signatures["bleu"]
+    assert "ar:500" in first.signatures["bleu"]
+    assert "seed:12345" in first.signatures["bleu"]
+    assert (first.bootstrap_samples, first.randomisation_trials) == (300, 500)

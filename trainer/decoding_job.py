@@ -1,0 +1,370 @@
+"""Test sets translated batch by batch, by whatever decodes; finished batches survive any end.
+
+The batches of a test set are fixed by its text, the vocabulary and ``evaluation.batch_tokens``, and
+each is decoded by itself. So it does not matter how many processes decode them, in which order, or
+how often they were interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_shards.errors import RunFailedError
+from data_shards.manifest import Manifest, file_sha256
+from trainer.config import EvaluationConfig
+from trainer.ensemble import load_ensemble
+from trainer.partial import PartialResult
+from trainer.run import LoadedModel
+from trainer.test_sets import TestSet
+from trainer.translate import Translator
+
+_PROGRESS_S = 5.0
+
+_translate_log = logging.getLogger("trainer.translate")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class System:
+    """What translates: a run's checkpoint, perhaps an ensemble with others, and how it searches.
+
+    Attributes:
+        run_dir: the run's folder, which all that decode must reach.
+        checkpoint: as ``trainer.run.load_model`` takes it.
+        ensemble: the other members, ``RUN`` or ``RUN@CHECKPOINT``.
+        runs: the folder of the runs that ``ensemble`` names.
+        evaluation: settings of the search.
+    """
+
+    run_dir: Path
+    checkpoint: str
+    evaluation: EvaluationConfig
+    ensemble: tuple[str, ...] = ()
+    runs: Path = Path("runs")
+
+    def load(self, device: str | torch.device) -> list[LoadedModel]:
+        """The members, the named checkpoint first.
+
+        Raises:
+            UserError: no such run or checkpoint, a damaged file, members of different vocabularies.
+        """
+        return load_ensemble(
+            self.run_dir, self.checkpoint, self.ensemble, runs=self.runs, device=device
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sentences that are decoded together: which system's, which of its batches."""
+
+    system: int
+    job: int
+    number: int
+    indices: list[int]
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A batch's hypotheses, in the batch's order, and the seconds that decoding took."""
+
+    job: int
+    number: int
+    hypotheses: list[str]
+    seconds: float
+
+
+# Decodes batches in any order. Closing the iterator ends whatever decodes.
+Decoder = Callable[[Sequence[System], Sequence[Batch]], Generator[Decoded, None, None]]
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A test set as a system translated it.
+
+    Attributes:
+        label: the checkpoint (and what was ensembled with it), fit for a file name.
+        steps: of the checkpoints whose mean the first member is.
+        digest: of all that decides the hypotheses.
+        seconds: spent decoding, added up over all that decoded.
+        partial: the file that holds the hypotheses until the result is written.
+    """
+
+    system: System
+    test_set: TestSet
+    manifest: Manifest
+    label: str
+    step: int
+    steps: tuple[int, ...]
+    digest: str
+    hypotheses: list[str]
+    seconds: float
+    partial: Path
+
+
+class BatchDecoder:
+    """Decodes the batches of any of the systems; holds the model that was last needed.
+
+    Batches should therefore come system by system.
+    """
+
+    def __init__(self, systems: Sequence[System], device: str | torch.device) -> None:
+        self._systems = systems
+        self._device = device
+        self._held: int | None = None
+        self._translator: Translator | None = None
+
+    def __call__(self, batch: Batch) -> Decoded:
+        """Translate one batch."""
+        if self._translator is None or self._held != batch.system:
+            self._translator = None  # the memory is needed for the next
+            system = self._systems[batch.system]
+            self._translator = Translator(system.load(self._device), system.evaluation)
+            self._held = batch.system
+        start = time.perf_counter()
+        found = self._translator.translate(batch.lines, keys=batch.indices)
+        seconds = time.perf_counter() - start
+        return Decoded(
+            batch.job, batch.number, [translations[0].text for translations in found], seconds
+        )
+
+
+def decode_here(
+    systems: Sequence[System],
+    batches: Sequence[Batch],
+    *,
+    threads: int | None = None,
+    device: str | torch.device | None = None,
+) -> Generator[Decoded, None, None]:
+    """Decode in this process.
+
+    Args:
+        systems, batches: what to decode.
+        threads: CPU threads while decoding; by default as torch chose.
+        device: by default a GPU if there is one.
+
+    Raises:
+        RunFailedError: the memory does not suffice.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = BatchDecoder(systems, device)
+    try:
+        with _threads(threads), _without_warnings():
+            yield from map(decoder, batches)
+    except torch.OutOfMemoryError:
+        raise out_of_memory() from None
+
+
+def out_of_memory() -> RunFailedError:
+    """The one mend."""
+    return RunFailedError(
+        "decoding ran out of memory: lower evaluation.batch_tokens or evaluation.beam"
+    )
+
+
+def translate_all(
+    systems: Sequence[tuple[System, str]],
+    test_sets: Sequence[TestSet],
+    folder: Path,
+    *,
+    decode: Decoder,
+    say: Say,
+) -> list[Translated]:
+    """Translate every test set with every system; what an earlier attempt finished is kept.
+
+    Args:
+        systems: each with a prefix for the names of its files, empty for the run's own.
+        test_sets: what to translate.
+        folder: where partial results lie.
+        decode: decodes the batches that are missing.
+        say: takes lines for the person who watches.
+
+    Returns:
+        One for each system and test set, system by system.
+
+    Raises:
+        UserError: a system cannot be loaded; another process makes one of these evaluations.
+        RunFailedError: decoding failed.
+    """
+    jobs = [
+        job
+        for number, (system, prefix) in enumerate(systems)
+        for job in _jobs(number, system, test_sets, folder, prefix, say)
+    ]
+    with ExitStack() as stack:
+        partials = [stack.enter_context(PartialResult(job.partial, job.digest)) for job in jobs]
+        for job, partial in zip(jobs, partials, strict=True):
+            _tell_found(job, partial, say)
+        missing = [
+            Batch(job.number, index, number, indices, [job.test_set.sources[i] for i in indices])
+            for index, (job, partial) in enumerate(zip(jobs, partials, strict=True))
+            for number, indices in enumerate(job.batches)
+            if number not in partial.batches
+        ]
+        if missing:
+            sentences = sum(len(batch.lines) for batch in missing)
+            say(f"translating {sentences:,} sentences in {len(missing):,} batches")
+            _decode(decode, [system for system, _ in systems], missing, partials, say)
+        return [job.translated(partial) for job, partial in zip(jobs, partials, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One test set for one system, ready to be decoded."""
+
+    number: int  # the system's
+    system: System
+    test_set: TestSet
+    manifest: Manifest
+    label: str
+    step: int
+    steps: tuple[int, ...]
+    digest: str
+    batches: list[list[int]]
+    partial: Path
+
+    def translated(self, partial: PartialResult) -> Translated:
+        # A line without a single piece is in no batch: its translation is as empty.
+        hypotheses = [""] * len(self.test_set.sources)
+        for number, indices in enumerate(self.batches):
+            for index, text in zip(indices, partial.batches[number], strict=True):
+                hypotheses[index] = text
+        return Translated(
+            system=self.system,
+            test_set=self.test_set,
+            manifest=self.manifest,
+            label=self.label,
+            step=self.step,
+            steps=self.steps,
+            digest=self.digest,
+            hypotheses=hypotheses,
+            seconds=partial.seconds,
+            partial=self.partial,
+        )
+
+
+def _jobs(
+    number: int,
+    system: System,
+    test_sets: Sequence[TestSet],
+    folder: Path,
+    prefix: str,
+    say: Say,
+) -> list[_Job]:
+    """Load the system once, so that whatever is wrong with it is told before anything is begun."""
+    members = system.load("cpu")
+    first = members[0]
+    identity = _identity(members, system.evaluation)
+    label = "+".join([first.label, *(_label(other) for other in system.ensemble)])
+    translator = Translator(members, system.evaluation)
+    longest = min(member.config.model.max_positions for member in members) - 1
+    for test_set in test_sets:
+        _tell_cut(test_set, label, first, longest, say)
+    return [
+        _Job(
+            number=number,
+            system=system,
+            test_set=test_set,
+            manifest=first.manifest,
+            label=label,
+            step=first.step,
+            steps=first.steps,
+            digest=hashlib.sha256(f"{identity} {test_set.sha256()}".encode()).hexdigest(),
+            batches=translator.batches(test_set.sources),
+            partial=folder / f"{test_set.stem}-{prefix}{label}.partial.jsonl",
+        )
+        for test_set in test_sets
+    ]
+
+
+def _label(other: str) -> str:
+    return other.replace("@", "-").replace(":", "-").replace("/", "-").strip("-")
+
+
+def _identity(members: Sequence[LoadedModel], evaluation: EvaluationConfig) -> str:
+    """Of the weights as they were read (averaged or not), the vocabulary and all settings."""
+    digest = hashlib.sha256(evaluation.model_dump_json().encode())
+    for member in members:
+        digest.update(member.config.model.model_dump_json().encode())
+        digest.update(file_sha256(member.manifest.vocabulary_path).encode())
+        for name, tensor in sorted(member.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tell_cut(test_set: TestSet, label: str, loaded: LoadedModel, longest: int, say: Say) -> None:
+    pieces = loaded.vocabulary.encode(test_set.sources)
+    lines = [number for number, ids in enumerate(pieces, start=1) if len(ids) > longest]
+    if lines:
+        shown = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+        say(
+            f"{test_set.name}, checkpoint {label}: {len(lines)} sentences are longer than the "
+            f"{longest} pieces that the model takes (model.max_positions), and are cut: line "
+            f"{shown}"
+        )
+
+
+def _tell_found(job: _Job, partial: PartialResult, say: Say) -> None:
+    what = f"{job.test_set.name}, checkpoint {job.label}"
+    if partial.discarded:
+        say(
+            f"{what}: what an interrupted evaluation left is of another model, test set or "
+            "setting: it is not used"
+        )
+    elif partial.batches:
+        say(
+            f"{what}: going on after an interruption, {len(partial.batches)} of "
+            f"{len(job.batches)} batches are there"
+        )
+
+
+def _decode(
+    decode: Decoder,
+    systems: Sequence[System],
+    missing: Sequence[Batch],
+    partials: Sequence[PartialResult],
+    say: Say,
+) -> None:
+    num_sentences, done = sum(len(batch.lines) for batch in missing), 0
+    last: float | None = None  # what decodes takes a while to start
+    with closing(decode(systems, missing)) as results:
+        for decoded in results:
+            partials[decoded.job].add(decoded.number, decoded.hypotheses, decoded.seconds)
+            done += len(decoded.hypotheses)
+            last = last or time.monotonic()
+            if time.monotonic() - last >= _PROGRESS_S:
+                last = time.monotonic()
+                say(f"{done:,} of {num_sentences:,} sentences translated")
+
+
+@contextmanager
+def _without_warnings() -> Generator[None, None, None]:
+    """Those of translating count lines in a batch; what is cut has been told by then."""
+    disabled, _translate_log.disabled = _translate_log.disabled, True
+    try:
+        yield
+    finally:
+        _translate_log.disabled = disabled
+
+
+@contextmanager
+def _threads(num_threads: int | None) -> Generator[None, None, None]:
+    """Torch's CPU threads, for the time of the block."""
+    before = torch.get_num_threads()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
