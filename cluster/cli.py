@@ -8,10 +8,12 @@ from typing import Any
 
 import click
 
+from cluster.commands.attention import attention
 from cluster.commands.data import data
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
 from cluster.commands.report import report
+from cluster.commands.serve import serve
 from cluster.commands.train import train
 from cluster.commands.translate import translate
 from data_shards.errors import UserError
@@ -65,7 +67,7 @@ def cli() -> None:
     """
 
 
-for _command in (data, train, evaluate, translate, export, report):
+for _command in (data, train, evaluate, translate, export, report, attention, serve):
     cli.add_command(_command)
 
 

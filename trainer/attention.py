@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data_shards.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from trainer.run import LoadedModel
+
+Kind = Literal["encoder", "decoder", "cross"]
 
 # SentencePiece's mark of a space, which begins a word.
 SPACE = "\u2581"
@@ -37,6 +40,17 @@ class AttentionMaps:
     """[layers, H, T, T], 0 right of the diagonal"""
     cross: Tensor
     """[layers, H, T, S]"""
+
+    def labelled(self, kind: Kind) -> tuple[Tensor, list[str], list[str]]:
+        """The weights [layers, H, queries, keys] of a kind, its rows' and its columns' pieces.
+
+        The decoder's rows are labelled with the piece that they predict.
+        """
+        if kind == "encoder":
+            return self.encoder, self.source, self.source
+        if kind == "decoder":
+            return self.decoder, self.outputs, self.inputs
+        return self.cross, self.outputs, self.source
 
 
 def attention_maps(
