@@ -22,8 +22,10 @@ from model.transformer import Transformer
 
 BOS_ID, EOS_ID, UNK_ID = 1, 2, 3
 
-# Rows whose logits are made and searched at a time on a CPU.
+# Logits made and searched at a time on a CPU: few, to stay in its caches, and few bytes, for memory
+# that is taken afresh each time is slow.
 _CHUNK_ROWS = 256
+_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -216,14 +218,20 @@ class _Batch:
         if record:
             self._cover(record)
         forced_N = self._forced()
-        on_cpu = self.ids_NT.device.type == "cpu"
-        step = max(1, _CHUNK_ROWS // self.width) * self.width if on_cpu else len(self.ids_NT)
-        for start in range(0, len(self.ids_NT), step):
-            rows = slice(start, start + step)
+        for rows in self._chunks():
             logits_NV = self._combined([states_ND[rows] for states_ND in states])
             normaliser_N1 = logits_NV.logsumexp(1, keepdim=True)
             self._force(logits_NV, None if forced_N is None else forced_N[rows])
             yield logits_NV, normaliser_N1, rows
+
+    def _chunks(self) -> list[slice]:
+        """Rows in chunks of whole sentences."""
+        num_rows = len(self.ids_NT)
+        step = num_rows
+        if self.ids_NT.device.type == "cpu":
+            most = min(_CHUNK_ROWS, _CHUNK_ELEMENTS // self.models[0].vocab_size)
+            step = max(1, most // self.width) * self.width
+        return [slice(start, start + step) for start in range(0, num_rows, step)]
 
     def _combined(self, states: list[Tensor]) -> Tensor:
         """Logits of the models' mean probabilities."""

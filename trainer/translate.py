@@ -14,14 +14,16 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from data_shards.clean import normalise
 from data_shards.config import EOS_ID, PAD_ID, UNK_ID
 from data_shards.errors import UserError
 from model.search import Hypothesis, SearchOptions, search
 from model.transformer import Transformer
+from trainer.attention import SPACE
 from trainer.config import EvaluationConfig
 from trainer.ensemble import check_same_vocabulary
 from trainer.run import LoadedModel
-from trainer.unknown import copy_unknown
+from trainer.unknown import copied_words, fill_in
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,16 @@ class Translation:
     score: float
     log_prob: float
     ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line with its ids, and the prefix forced on its translations."""
+
+    text: str
+    source_ids: list[int]
+    prefix: str
+    prefix_ids: list[int]
 
 
 class Translator:
@@ -95,6 +107,7 @@ class Translator:
         *,
         prefixes: Sequence[str] | None = None,
         keys: Sequence[int] | None = None,
+        first_line: int = 1,
     ) -> list[list[Translation]]:
         """The translations of each line, best first.
 
@@ -105,6 +118,7 @@ class Translator:
                 not kept.
             keys: for every line the number that, with the seed, decides its samples; by default
                 its place among the lines.
+            first_line: the first line's number, for warnings.
 
         Returns:
             As many a line as were asked for (or as the search found); of a line without any piece
@@ -113,7 +127,34 @@ class Translator:
         Raises:
             UserError: a prefix is longer than the model can take.
         """
-        return self._translate(lines, prefixes, keys, first_line=1)
+        sources = self._encode(lines, first_line)
+        prefixes = [normalise(prefix) for prefix in prefixes or [""] * len(lines)]
+        forced = self._forced(prefixes)
+        keys = range(len(lines)) if keys is None else keys
+        translations = [[Translation("", 0.0, 0.0, [])] for _ in lines]
+        for batch in self._batches(sources):
+            rows = [index for index in batch if sources[index]]
+            if not rows:
+                continue
+            found = search(
+                self._models,
+                _padded([sources[index] for index in rows]).to(self._device),
+                self._options,
+                prefixes=[forced[index] for index in rows],
+                keys=[keys[index] for index in rows],
+            )
+            for index, hypotheses in zip(rows, found, strict=True):
+                line = _Line(lines[index], sources[index], prefixes[index], forced[index])
+                translations[index] = [
+                    Translation(
+                        self._text(line, hypothesis.ids),
+                        hypothesis.score,
+                        hypothesis.log_prob,
+                        hypothesis.ids,
+                    )
+                    for hypothesis in hypotheses
+                ]
+        return translations
 
     def stream(
         self, lines: Iterable[str], *, chunk_lines: int = CHUNK_LINES
@@ -126,7 +167,7 @@ class Translator:
         remaining, first_line = iter(lines), 1
         while chunk := list(islice(remaining, chunk_lines)):
             keys = range(first_line - 1, first_line - 1 + len(chunk))
-            yield from self._translate(chunk, None, keys, first_line)
+            yield from self.translate(chunk, keys=keys, first_line=first_line)
             first_line += len(chunk)
 
     def batches(self, lines: Sequence[str]) -> list[list[int]]:
@@ -152,36 +193,6 @@ class Translator:
             sources.append([*ids[: self._max_pieces], EOS_ID] if ids else [])
         return sources
 
-    def _translate(
-        self,
-        lines: Sequence[str],
-        prefixes: Sequence[str] | None,
-        keys: Sequence[int] | None,
-        first_line: int,
-    ) -> list[list[Translation]]:
-        sources = self._encode(lines, first_line)
-        forced = self._forced(prefixes or [""] * len(lines))
-        keys = range(len(lines)) if keys is None else keys
-        translations = [[Translation("", 0.0, 0.0, [])] for _ in lines]
-        for batch in self._batches(sources):
-            rows = [index for index in batch if sources[index]]
-            if not rows:
-                continue
-            found = search(
-                self._models,
-                _padded([sources[index] for index in rows]).to(self._device),
-                self._options,
-                prefixes=[forced[index] for index in rows],
-                keys=[keys[index] for index in rows],
-            )
-            for index, hypotheses in zip(rows, found, strict=True):
-                prefix = prefixes[index] if prefixes else ""
-                translations[index] = [
-                    self._text(hypothesis, lines[index], sources[index], prefix)
-                    for hypothesis in hypotheses
-                ]
-        return translations
-
     def _forced(self, prefixes: Sequence[str]) -> list[list[int]]:
         forced = self.loaded.vocabulary.encode(prefixes)
         for number, ids in enumerate(forced, start=1):
@@ -192,17 +203,19 @@ class Translator:
                 )
         return forced
 
-    def _text(
-        self, hypothesis: Hypothesis, line: str, source: list[int], prefix: str
-    ) -> Translation:
-        ids = hypothesis.ids
-        if UNK_ID in ids and self.evaluation.unknown == "copy":
-            text = copy_unknown(self.loaded, line, source, ids)
-        else:
-            text = self.loaded.vocabulary.decode([ids])[0]
+    def _text(self, line: _Line, ids: list[int]) -> str:
+        vocabulary = self.loaded.vocabulary
+        # A prefix with characters unknown to the vocabulary stays as it was given.
+        first = len(line.prefix_ids) if UNK_ID in line.prefix_ids else 0
+        (text,) = vocabulary.decode([ids[first:]])
+        if UNK_ID in ids[first:] and self.evaluation.unknown == "copy":
+            words = copied_words(self.loaded, line.text, line.source_ids, ids)
+            text = fill_in(text, words[ids[:first].count(UNK_ID) :])
+        if first:
+            following = "".join(vocabulary.pieces(ids[first:]))
+            text = line.prefix + " " * following.startswith(SPACE) + text
         # Any break that a piece may hold, so that line n stays the translation of line n.
-        text = " ".join(text.splitlines())
-        return Translation(text, hypothesis.score, hypothesis.log_prob, ids)
+        return " ".join(text.splitlines())
 
 
 def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -219,13 +232,18 @@ def length_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]
         start += rows
 
 
-def read_lines(stream: Iterable[bytes], *, name: str) -> Iterator[str]:
+def read_lines(stream: Iterable[bytes], *, name: str, first_line: int = 1) -> Iterator[str]:
     """Lines of UTF-8 text without their ends (``\\n`` or ``\\r\\n``) and without a leading BOM.
+
+    Args:
+        stream: raw lines.
+        name: the file's, for errors.
+        first_line: the number of the stream's first line within the file.
 
     Raises:
         UserError: bytes that are not UTF-8, with the line's number.
     """
-    for number, raw in enumerate(stream, start=1):
+    for number, raw in enumerate(stream, start=first_line):
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -251,7 +269,10 @@ def _prepared(model: Transformer, precision: str) -> Transformer:
     if precision == "bf16":
         return copy.deepcopy(model).to(torch.bfloat16)
     if precision == "int8":
-        raise UserError("evaluation.precision int8 is not supported: use fp32 or bf16")
+        raise UserError(
+            "evaluation.precision: int8 is not decoded here: use bf16, or export the run for "
+            "CTranslate2 (babelray export)"
+        )
     return model
 
 

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
 from data_shards.clean import normalise
-from data_shards.config import BOS_ID, UNK_ID
+from trainer.attention import word_alignment
 from trainer.run import LoadedModel
 
-# How SentencePiece writes the unknown piece.
-_WRITTEN = " \u2047 "
-# How it marks the beginning of a word.
-_WORD = "\u2581"
+# How SentencePiece writes the unknown piece: this, with a blank on either side.
+_UNKNOWN = "\u2047"
 
 
-def copy_unknown(
+def copied_words(
     loaded: LoadedModel, line: str, source_ids: list[int], target_ids: list[int]
-) -> str:
-    """The translation's text, each unknown piece replaced by the source word attended to most.
-
-    Attention is the mean over the heads of the last decoder layer but one (of the only one), where
-    it aligns best: Garg et al. 2019 (arXiv 1909.02074). Words replace unknown ones as in Luong et
-    al. 2015 (arXiv 1410.8206).
+) -> list[str]:
+    """For each unknown piece of a translation the source word that was attended to most.
 
     Args:
         line: the source text.
         source_ids: its pieces, EOS last; maybe cut.
         target_ids: the translation's, without BOS and EOS.
+
+    Source: Luong et al. 2015 (arXiv 1410.8206); attention as in ``word_alignment``.
     """
-    device = next(loaded.model.parameters()).device
-    maps = loaded.model.attention_maps(
-        torch.tensor([source_ids], device=device),
-        torch.tensor([[BOS_ID, *target_ids]], device=device),
-    )
-    # Row t is the attention that wrote piece t; the last column is EOS, which is no word.
-    cross_TS = maps["cross"][-2:][0, 0].mean(0)[:, :-1]
     source_words = normalise(line).split(" ")
-    word_of = _word_numbers(loaded.vocabulary.pieces(source_ids[:-1]))
-    copied = [
-        source_words[word_of[int(cross_TS[place].argmax())]]
-        for place, piece in enumerate(target_ids)
-        if piece == UNK_ID
+    target_words = loaded.vocabulary.decode([target_ids])[0].split()
+    aligned = {
+        target: source for source, target in word_alignment(loaded, [(source_ids, target_ids)])[0]
+    }
+    return [
+        source_words[aligned[number]] if number in aligned else word
+        for number, word in enumerate(target_words)
+        if word == _UNKNOWN
     ]
-    (text,) = loaded.vocabulary.decode([target_ids])
-    # The blanks at the text's ends are gone already.
-    first, *rest = f" {text} ".split(_WRITTEN)
-    for word, following in zip(copied, rest, strict=True):
-        first = f"{first.rstrip()} {word}{following}"
-    return first.strip()
 
 
-def _word_numbers(pieces: list[str]) -> list[int]:
-    """Which word of the text each piece belongs to."""
-    numbers, number = [], -1
-    for piece in pieces:
-        number += piece.startswith(_WORD)
-        numbers.append(max(number, 0))
-    return numbers
+def fill_in(text: str, words: Sequence[str]) -> str:
+    """The decoded text with its unknown pieces replaced by the words, each a word of its own.
+
+    What follows without a blank in the pieces, as a full stop, follows without one.
+    """
+    filled, *rest = f" {text} ".split(f" {_UNKNOWN} ")
+    for word, following in zip(words, rest, strict=True):
+        filled = f"{filled.rstrip()} {word}{following}"
+    return filled.strip()
