@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from cluster.serve_app import Alternative, Attention, Line
 from cluster.serve_replica import listen_on_loopback
@@ -15,8 +13,6 @@ from trainer.attention import attention_maps
 from trainer.config import EvaluationConfig
 from trainer.run import LoadedModel
 from trainer.translate import Translation, Translator
-
-_T = TypeVar("_T")
 
 # A map of n pieces has n * n numbers in each layer and head: beyond this a page cannot show them.
 MAX_ATTENTION_PIECES = 80
@@ -154,11 +150,12 @@ class Model:
         if torch.cuda.is_available():
             model = replace(model, model=model.model.to("cuda"))
         self._engine = Engine(model, evaluation, max_num_best)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
         budget = evaluation.batch_tokens
 
         async def together(jobs: list[Job]) -> list[list[list[Translation]]]:
-            return await self._decode(self._engine.translate, jobs)
+            # In this very thread: while the event loop stands still, requests gather. Served from
+            # another, Serve would cut the waiting ones into batches of a few milliseconds each.
+            return self._engine.translate(jobs)
 
         self._together: Any = serve.batch(
             max_batch_size=budget,
@@ -176,11 +173,7 @@ class Model:
         described = self._engine.described(job, translations)
         if not attention:
             return described, None
-        return described, await self._decode(self._engine.attention, job, translations)
-
-    async def _decode(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """In the one thread that uses the model, so that requests go on coming in meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        return described, self._engine.attention(job, translations)
 
 
 def _rounded(weights: Any) -> Any:

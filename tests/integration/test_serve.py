@@ -457,21 +457,18 @@ def test_errors_are_told_in_words(page: Any, server: Server) -> None:
 def test_it_ends_cleanly_and_those_inside_are_served(server: Server) -> None:
     started = processes(server)
     assert len(started) > 3
-    replies: list[requests.Response] = []
-    text = "\n".join(["a"] * 1000)  # takes a while
-    asking = threading.Thread(
-        target=lambda: replies.append(server.ask(text=text, num_best=3, client="10.0.2.1"))
-    )
-    asking.start()
-    time.sleep(1)
-    assert asking.is_alive()
-    ends_at = time.monotonic()
-    os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
-    assert server.process.wait(timeout=60) == 0
-    assert time.monotonic() - ends_at < 45
-    asking.join()
-    assert [reply.status_code for reply in replies] == [200]
-    assert replies[0].json()["translation"].count("\n") == 999
+    text = "\n".join(["a"] * 1000)
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(server.ask, text=text, client="10.0.2.1") for _ in range(12)]
+        time.sleep(1)
+        at_work = [reply for reply in asked if not reply.done()]
+        assert at_work
+        ends_at = time.monotonic()
+        os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+        assert server.process.wait(timeout=60) == 0
+        assert time.monotonic() - ends_at < 45
+    assert [reply.result().status_code for reply in asked] == [200] * 12
+    assert asked[0].result().json()["translation"].count("\n") == 999
     psutil.wait_procs(started, timeout=15)
     assert processes(server) == []
     assert server.process.stdout is not None
