@@ -50,6 +50,8 @@ README = "README.md"
 CONFIG = "config.json"
 RUN_CONFIG = "run.json"  # where config.json is CTranslate2's
 
+_SCORE_FIELDS = ("test_set", "bleu", "signature", "chrf", "chrf_signature")
+
 
 @dataclass(frozen=True)
 class Export:
@@ -270,9 +272,8 @@ def _scores(run_dir: Path, loaded: LoadedModel) -> list[dict[str, Any]]:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or values.get("ensemble"):
             continue
         if (values.get("checkpoint"), values.get("step")) == (loaded.label, loaded.step):
-            names = ("test_set", "bleu", "signature", "chrf", "chrf_signature")
-            found.append({name: values[name] for name in names if name in values})
+            found.append({name: values[name] for name in _SCORE_FIELDS})
     return found

@@ -216,6 +216,12 @@ class TestSafetensors:
 
 
 class TestFolder:
+    @pytest.mark.parametrize("format", ["ctranslate2", "safetensors"])
+    def test_the_documentation_shows_the_same_lines(self, run_dir, tmp_path, format):
+        export(run_dir, tmp_path / "out", format=format)
+        documentation = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+        assert f"```python\n{program_of(tmp_path / 'out')}\n```" in documentation
+
     def test_it_tells_what_it_is_and_no_place_of_this_machine(self, run_dir, tmp_path):
         evaluations = run_dir / "evaluation"
         evaluations.mkdir()
