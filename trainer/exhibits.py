@@ -1,4 +1,4 @@
-"""What a report shows of a run: curves, sample translations, an attention map, the corpus.
+"""What a report shows of a run: curves, sample translations, the corpus.
 
 Each function returns plain values for the template, or nothing where the run has not got that far.
 """
@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 from sacrebleu.metrics import CHRF
 
-from data_shards.config import BOS_ID, EOS_ID
 from data_shards.errors import UserError
-from data_shards.manifest import Manifest, SplitName
+from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from trainer import figures
 from trainer.config import RunConfig
-from trainer.evaluate import Result, read_test_set
+from trainer.evaluate import Result
 from trainer.figures import Series
 from trainer.formats import format_number
-from trainer.run import evaluation_dir, load_model, open_checkpoints
-from trainer.translate import decode
+from trainer.run import evaluation_dir
+from trainer.test_sets import reopen
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +43,6 @@ _SAMPLES = (
     (0.05, "5th percentile"),
     (0.0, "worst"),
 )
-# Pieces of a sentence whose attention map is legible: what is looked for, and the most.
-_MAP_LENGTH, _LONGEST_MAP = 12, 20
 _MAX_CURVE_POINTS = 1500
 
 
@@ -73,16 +69,7 @@ def curves(events: list[Event], evaluations: list[Result]) -> list[dict[str, Any
         points = [(e["step"], e[key]) for e in source if e.get(key) is not None]
         return [Series(label, *zip(*points, strict=True))] if points else []
 
-    bleu: dict[str, list[Result]] = {}
-    for result in evaluations:
-        if len(result.averaged_steps) == 1:
-            bleu.setdefault(result.test_set, []).append(result)
-    tested = []
-    for test_set, results in bleu.items():
-        # One point a step: "best" and "last" may be the same checkpoint.
-        points = sorted({result.step: result.bleu for result in results}.items())
-        if len(points) > 1:
-            tested.append(Series(test_set, *zip(*points, strict=True)))
+    tested = _bleu_curves(events, evaluations)
     charts = [
         chart
         for chart in (
@@ -94,7 +81,7 @@ def curves(events: list[Event], evaluations: list[Result]) -> list[dict[str, Any
                 series(steps, "mean_nll", "training")
                 + series(validated, "valid_nll", "validation"),
             ),
-            _Chart("bleu", "BLEU", "Of the checkpoints that were evaluated.", "BLEU", tested),
+            _Chart("bleu", "BLEU", "Of single checkpoints, by test set.", "BLEU", tested),
             _Chart(
                 "rate",
                 "Learning rate",
@@ -127,6 +114,30 @@ def curves(events: list[Event], evaluations: list[Result]) -> list[dict[str, Any
         _drawn(chart, breaks, wide=number == 0 and len(charts) % 2 == 1)
         for number, chart in enumerate(charts)
     ]
+
+
+def _bleu_curves(events: list[Event], evaluations: list[Result]) -> list[Series]:
+    """A curve for each test set with two checkpoints at least, one point a step: those scored while
+    training, and those evaluated since; averages and ensembles aside.
+    """
+    points: dict[str, dict[int, float]] = {}
+    for event in events:
+        if is_validation_bleu(event):
+            points.setdefault(event["test_set"], {})[event["step"]] = event["bleu"]
+    for result in evaluations:
+        is_single = len(result.averaged_steps) == 1 and not result.ensemble
+        if is_single and result.checkpoint != "ema":
+            points.setdefault(result.test_set, {})[result.step] = result.bleu
+    return [
+        Series(test_set, *zip(*sorted(bleu.items()), strict=True))
+        for test_set, bleu in points.items()
+        if len(bleu) > 1
+    ]
+
+
+def is_validation_bleu(event: Event) -> bool:
+    """Whether the event is of a checkpoint that was scored beside the training."""
+    return event["event"] == "evaluated" and event.get("checkpoint") == str(event.get("step"))
 
 
 @dataclass(frozen=True)
@@ -172,15 +183,12 @@ def samples(run_dir: Path, main: Result | None, manifest: Manifest | None) -> li
     """Sentences of the main evaluation at fixed quantiles of quality, the best first."""
     if main is None:
         return []
+    files = (Path(main.source), Path(main.reference)) if main.source and main.reference else None
     try:
-        if main.source and main.reference:
-            tested = read_test_set(Path(main.source), Path(main.reference))
-            sources, references = tested.sources, tested.references
-        elif manifest is not None:
-            split: SplitName = "valid" if main.test_set == "valid" else "test"
-            sources, references = manifest.split_text(split)
-        else:
+        tested = reopen(main.test_set, files, manifest)
+        if tested is None:
             return []
+        sources, references = tested.sources, tested.references
         text = (evaluation_dir(run_dir) / main.hypotheses).read_text(encoding="utf-8")
     except (OSError, UserError) as error:
         log.warning("no sample translations: %s", error)
@@ -202,61 +210,6 @@ def samples(run_dir: Path, main: Result | None, manifest: Manifest | None) -> li
         Sample(place, sources[i], references[i], hypotheses[i], scores[i])
         for i, place in chosen.items()
     ]
-
-
-def attention(run_dir: Path, manifest: Manifest | None) -> dict[str, Any] | None:
-    """Cross-attention over one sentence of the test set, as the best checkpoint translates it."""
-    if manifest is None or not open_checkpoints(run_dir).committed():
-        return None
-    try:
-        loaded = load_model(run_dir, "best")
-        sources, _ = manifest.split_text("test" if "test" in manifest.data.splits else "valid")
-    except UserError as error:
-        log.warning("no attention map: %s", error)
-        return None
-    pieces = loaded.vocabulary.encode(sources[:200])
-    fitting = [ids for ids in pieces if 0 < len(ids) <= _LONGEST_MAP]
-    if not fitting:
-        return None
-    source = [*min(fitting, key=lambda ids: abs(len(ids) - _MAP_LENGTH)), EOS_ID]
-    with torch.inference_mode():
-        found = decode(loaded, [source], loaded.config.evaluation)[0].ids
-        # A model that repeats itself for ever is shown up to here.
-        written = [*found, EOS_ID][: 2 * _LONGEST_MAP]
-        target_in_BT = torch.tensor([[BOS_ID, *written[:-1]]])
-        maps = loaded.model.attention_maps(torch.tensor([source]), target_in_BT)
-    cross_LHTS = maps["cross"][:, 0].numpy()
-    columns = _labels(loaded.vocabulary.pieces(source))
-    rows = _labels(loaded.vocabulary.pieces(written))
-    source_text, target_text = loaded.vocabulary.decode([source, found])
-    title = f"Cross-attention, mean over layers and heads: {source_text} → {target_text}"
-    layers = [
-        {
-            "number": number,
-            "heads": [
-                Markup(  # noqa: S704
-                    figures.attention_thumbnail(
-                        weights, title=f"Cross-attention of layer {number}, head {head}"
-                    )
-                )
-                for head, weights in enumerate(layer, start=1)
-            ],
-        }
-        for number, layer in enumerate(cross_LHTS, start=1)
-    ]
-    return {
-        "step": loaded.step,
-        "source": source_text,
-        "target": target_text,
-        "mean": Markup(  # noqa: S704
-            figures.attention_map(cross_LHTS.mean((0, 1)), columns, rows, title=title)
-        ),
-        "layers": layers,
-    }
-
-
-def _labels(pieces: list[str]) -> list[str]:
-    return [piece.replace("\u2581", "·") for piece in pieces]
 
 
 def data_section(config: RunConfig, manifest: Manifest | None) -> dict[str, Any] | None:

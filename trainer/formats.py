@@ -22,6 +22,16 @@ def format_number(value: float | None) -> str:
     return f"{value:,.1f}" if size >= 100 else f"{value:.3g}"
 
 
+def format_score(value: float | None) -> str:
+    """BLEU and its like, as papers give them: 27.30."""
+    return _NOTHING if value is None else f"{value:.2f}"
+
+
+def format_share(value: float | None) -> str:
+    """A part of 1 in per cent: 41.7 %."""
+    return _NOTHING if value is None else f"{100 * value:.1f} %"
+
+
 def format_duration(seconds: float | None) -> str:
     """Seconds as two units at most: 9.4 s; 8 min 41 s; 3 h 5 min; 2 d 4 h."""
     if seconds is None:

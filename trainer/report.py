@@ -18,13 +18,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_shards.errors import UserError
 from data_shards.manifest import Manifest
-from trainer import exhibits
+from trainer import exhibits, exhibits_attention, exhibits_evaluation
 from trainer.config import RunConfig
-from trainer.evaluate import Result
+from trainer.evaluate import Result, read_results
 from trainer.exhibits import Event
-from trainer.formats import format_bytes, format_duration, format_moment, format_number
+from trainer.formats import (
+    format_bytes,
+    format_duration,
+    format_moment,
+    format_number,
+    format_score,
+    format_share,
+)
 from trainer.run import (
-    evaluation_dir,
     open_checkpoints,
     read_config,
     read_events,
@@ -45,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     """
     config = read_config(run_dir)
     events = read_events(run_dir)
-    evaluations = read_evaluations(run_dir)
+    evaluations = read_results(run_dir)
     try:
         manifest, missing = Manifest.load(config.data.folder()), ""
     except UserError as error:
@@ -58,10 +64,15 @@ def write_report(run_dir: Path) -> Path:
         "tiles": _tiles(events, main),
         "curves": exhibits.curves(events, evaluations),
         "validations": [event for event in events if event["event"] == "validated"],
-        "evaluations": evaluations,
+        "evaluations": exhibits_evaluation.results(evaluations),
+        "signatures": exhibits_evaluation.signatures(evaluations),
+        "by_length": exhibits_evaluation.by_length(main),
+        "by_frequency": exhibits_evaluation.by_frequency(main),
+        "worst": exhibits_evaluation.worst(main),
+        "comparisons": exhibits_evaluation.comparisons(evaluations),
         "main": main,
         "samples": exhibits.samples(run_dir, main, manifest),
-        "attention": exhibits.attention(run_dir, manifest),
+        "attention": exhibits_attention.attention(run_dir, manifest),
         "data": exhibits.data_section(config, manifest),
         "data_missing": missing,
         "changes": _changes(config),
@@ -79,22 +90,16 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=format_number, duration=format_duration, size=format_bytes, moment=format_moment
+        number=format_number,
+        duration=format_duration,
+        size=format_bytes,
+        moment=format_moment,
+        score=format_score,
+        share=format_share,
     )
     file = report_path(run_dir)
     write_atomically(file, environment.get_template("report.html.j2").render(context))
     return file
-
-
-def read_evaluations(run_dir: Path) -> list[Result]:
-    """The results in the run's evaluation folder, oldest first, without unreadable ones."""
-    results = []
-    for file in sorted(evaluation_dir(run_dir).glob("*.json")):
-        try:
-            results.append(Result.read(file))
-        except (OSError, ValueError) as error:
-            log.warning("evaluation passed over: %s: %s", file, error)
-    return sorted(results, key=lambda result: result.time)
 
 
 def _summary(config: RunConfig, manifest: Manifest | None) -> str:
@@ -229,11 +234,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _history(events: list[Event]) -> list[dict[str, Any]]:
-    """What happened besides steps, validations and checkpoints."""
+    """What happened besides steps, validations, their BLEU and checkpoints."""
     told = []
     hidden = {"event", "time", "step", "elapsed_s"}
     for event in events:
         if event["event"] in ("step", "validated", "checkpoint"):
+            continue
+        if exhibits.is_validation_bleu(event):
             continue
         details = ", ".join(
             f"{name.replace('_', ' ')} {_detail(value)}"

@@ -120,7 +120,8 @@ def translate(
         return
     prefixes = _Prefixes(prefix, prefix_file)
     first = 0
-    for lines in _decoded(chunks(input_file, CHUNK_LINES), name=input_file.name):
+    name = getattr(input_file, "name", "<stdin>")
+    for lines in _decoded(chunks(input_file, CHUNK_LINES), name=name):
         click.echo(write(first, lines, prefixes.take(len(lines))), nl=False)
         sys.stdout.flush()
         first += len(lines)
