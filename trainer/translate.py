@@ -17,7 +17,7 @@ from torch import Tensor
 from data_shards.clean import normalise
 from data_shards.config import EOS_ID, PAD_ID, UNK_ID
 from data_shards.errors import UserError
-from model.search import Hypothesis, SearchOptions, search
+from model.search import SearchOptions, search
 from model.transformer import Transformer
 from trainer.attention import SPACE
 from trainer.config import EvaluationConfig
@@ -283,23 +283,3 @@ def _padded(sources: Sequence[list[int]]) -> Tensor:
 
 def _without_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
-
-
-def translate(
-    loaded: LoadedModel,
-    lines: Iterable[str],
-    evaluation: EvaluationConfig,
-    *,
-    chunk_lines: int = CHUNK_LINES,
-) -> Iterator[str]:
-    """The best translation of each line; see ``Translator.stream``."""
-    for translations in Translator([loaded], evaluation).stream(lines, chunk_lines=chunk_lines):
-        yield translations[0].text
-
-
-def decode(
-    loaded: LoadedModel, sources: list[list[int]], evaluation: EvaluationConfig
-) -> list[Hypothesis]:
-    """The best hypothesis of each source, piece ids that end with EOS."""
-    options = Translator([loaded], evaluation)._options
-    return [search([loaded.model], torch.tensor([ids]), options)[0][0] for ids in sources]
