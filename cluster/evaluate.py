@@ -76,7 +76,7 @@ def _decode(
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    # What the user can mend comes as it was raised, and without Ray's own frames in a log.
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"batch": json.dumps(vars(batch))} for batch in batches]
     decoded = ray.data.from_items(
@@ -92,8 +92,11 @@ def _decode(
     )
     try:
         for row in decoded.iter_rows():
-            yield Decoded(**json.loads(row["decoded"]))
-    except (ray.exceptions.RayError, RuntimeError) as error:
+            values = json.loads(row["decoded"])
+            if "error" in values:
+                raise (RunFailedError if values["failed"] else UserError)(values["error"])
+            yield Decoded(**values)
+    except ray.exceptions.RayError as error:
         raise _explained(error) from None
 
 
@@ -111,12 +114,22 @@ class _Actor:
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
         import numpy as np
 
-        from trainer.decoding_job import Batch
-
-        found = [
-            json.dumps(vars(self._decode(Batch(**json.loads(row))))) for row in columns["batch"]
-        ]
+        found = [json.dumps(self._decoded(row)) for row in columns["batch"]]
         return {"decoded": np.array(found, dtype=object)}
+
+    def _decoded(self, row: str) -> dict[str, Any]:
+        """A decoded batch, or the message of an error: Ray would bury it in its own."""
+        import torch
+
+        from trainer.decoding_job import Batch, out_of_memory
+
+        try:
+            return vars(self._decode(Batch(**json.loads(row))))
+        except UserError as error:
+            told = error
+        except torch.OutOfMemoryError:
+            told = out_of_memory()
+        return {"error": str(told), "failed": isinstance(told, RunFailedError)}
 
 
 @contextmanager
@@ -149,20 +162,10 @@ def _check_room(actors: Actors, room: int, *, has_gpu: bool) -> None:
         )
 
 
-def _explained(error: BaseException) -> UserError:
-    """The innermost cause: Ray wraps what an actor raised."""
-    cause: BaseException | None = error
-    while cause is not None:
-        for candidate in (cause, getattr(cause, "cause", None)):
-            if isinstance(candidate, UserError):
-                return candidate
-        if type(cause).__name__ == "OutOfMemoryError":
-            from trainer.decoding_job import out_of_memory
-
-            return out_of_memory()
-        error, cause = cause, getattr(cause, "cause", None) or cause.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+def _explained(error: BaseException) -> RunFailedError:
+    """What Ray says last is what happened first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return RunFailedError(
-        f"decoding failed: {lines[-1].strip() if lines else type(error).__name__}. What was "
-        "translated is kept: the same command goes on from there"
+        f"decoding failed: {lines[-1] if lines else type(error).__name__}. What was translated is "
+        "kept: the same command goes on from there"
     )

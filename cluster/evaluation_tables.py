@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.tables import right_aligned
@@ -64,9 +64,18 @@ def comparison_table(comparison: dict[str, Any]) -> str:
             f"differences are to {comparison['baseline']}; paired bootstrap with "
             f"{comparison['bootstrap_samples']:,} samples, approximate randomisation (AR) with "
             f"{comparison['randomisation_trials']:,} trials; a p below 0.05 is the usual threshold",
-            *(f"{METRIC_NAMES[name]}: {sign}" for name, sign in comparison["signatures"].items()),
         ]
     )
+
+
+def comparison_signatures(comparisons: Iterable[dict[str, Any]]) -> str:
+    """Each signature once, with seed, samples and trials."""
+    signed = dict.fromkeys(
+        f"{METRIC_NAMES[name]}: {sign}"
+        for comparison in comparisons
+        for name, sign in comparison["signatures"].items()
+    )
+    return "\n".join(signed)
 
 
 def _beside_baseline(row: dict[str, Any]) -> tuple[str, str, str]:

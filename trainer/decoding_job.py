@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ class System:
         ensemble: the other members, ``RUN`` or ``RUN@CHECKPOINT``.
         runs: the folder of the runs that ``ensemble`` names.
         evaluation: settings of the search.
+        identity: of the weights, vocabulary and settings that it must turn out to have; None
+            before that is known.
     """
 
     run_dir: Path
@@ -50,16 +52,24 @@ class System:
     evaluation: EvaluationConfig
     ensemble: tuple[str, ...] = ()
     runs: Path = Path("runs")
+    identity: str | None = None
 
     def load(self, device: str | torch.device) -> list[LoadedModel]:
         """The members, the named checkpoint first.
 
         Raises:
             UserError: no such run or checkpoint, a damaged file, members of different vocabularies.
+            RunFailedError: by now the checkpoint's name stands for another one.
         """
-        return load_ensemble(
+        members = load_ensemble(
             self.run_dir, self.checkpoint, self.ensemble, runs=self.runs, device=device
         )
+        if self.identity not in (None, _identity(members, self.evaluation)):
+            raise RunFailedError(
+                f"{self.run_dir.name} went on training, and its checkpoint {self.checkpoint} is "
+                "another one now: evaluate it again, or give a step"
+            )
+        return members
 
 
 @dataclass(frozen=True)
@@ -214,7 +224,8 @@ def translate_all(
         if missing:
             sentences = sum(len(batch.lines) for batch in missing)
             say(f"translating {sentences:,} sentences in {len(missing):,} batches")
-            _decode(decode, [system for system, _ in systems], missing, partials, say)
+            pinned = {job.number: job.system for job in jobs}
+            _decode(decode, [pinned[number] for number in sorted(pinned)], missing, partials, say)
         return [job.translated(partial) for job, partial in zip(jobs, partials, strict=True)]
 
 
@@ -265,6 +276,9 @@ def _jobs(
     members = system.load("cpu")
     first = members[0]
     identity = _identity(members, system.evaluation)
+    if system.checkpoint in ("best", "last") and not system.ensemble:
+        system = replace(system, checkpoint=str(first.step))  # a run may be training on
+    system = replace(system, identity=identity)
     label = "+".join([first.label, *(_label(other) for other in system.ensemble)])
     translator = Translator(members, system.evaluation)
     longest = min(member.config.model.max_positions for member in members) - 1
@@ -299,7 +313,7 @@ def _identity(members: Sequence[LoadedModel], evaluation: EvaluationConfig) -> s
         digest.update(file_sha256(member.manifest.vocabulary_path).encode())
         for name, tensor in sorted(member.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -143,7 +143,7 @@ def evaluate(
 
     RUN is a run's name or folder. BLEU, chrF and TER are sacreBLEU's, with their signatures, so
     that they can be compared with others; "paper BLEU" is the tokenised one of older papers, which
-    is higher. Results and translations lie in the run's folder evaluation/.
+    they cannot be compared with. Results and translations lie in the run's folder evaluation/.
 
     Decodes across Ray: on this machine, or on the cluster that RAY_ADDRESS names. After an
     interruption the same command goes on where it was.
@@ -233,7 +233,7 @@ def _show(found: list[Evaluated], *, as_json: bool, breakdown: bool, samples: in
     for item in found:
         result = item.result
         if result.comparison is not None:
-            click.echo(f"\n{result.test_set}")
+            click.echo(f"\n{result.test_set}, checkpoint {result.checkpoint}")
             click.echo(tables.comparison_table(result.comparison))
         if breakdown:
             click.echo()
@@ -242,4 +242,7 @@ def _show(found: list[Evaluated], *, as_json: bool, breakdown: bool, samples: in
             click.echo()
             for kind, text in sample._asdict().items():
                 click.echo(f"{kind:>10}  {text}")
+    comparisons = [result.comparison for result in results if result.comparison is not None]
+    if comparisons:
+        click.echo(f"\n{tables.comparison_signatures(comparisons)}")
     say("\n".join(f"translations: {r.file.with_name(r.hypotheses)}" for r in results))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,9 +17,10 @@ import pytest
 
 from cluster import session
 from cluster.evaluate import _decode
+from data_shards.errors import RunFailedError
 from tests.runs import make_run, pairs, write_lines
 from trainer.config import EvaluationConfig
-from trainer.decoding_job import System, decode_here
+from trainer.decoding_job import Batch, System, decode_here
 from trainer.evaluate import evaluate_systems, find_test_sets
 
 pytestmark = pytest.mark.timeout(300)
@@ -59,6 +61,17 @@ def test_any_number_of_actors_gives_the_same(run_dir: Path) -> None:
                 )
             )
             assert found == here, f"{num_actors} actors"
+        # What an actor meets comes out as it was raised there.
+        batches = [Batch(0, 0, 0, [0], ["one dog"])]
+        changed = replace(systems[0], identity="of other weights")
+        with pytest.raises(RunFailedError, match="demo went on training, and its checkpoint last"):
+            list(_decode([changed], batches, 1, 1, has_gpu=False))
+
+
+def num_kept(run_dir: Path) -> int:
+    """Batches in the run's only partial file."""
+    files = list((run_dir / "evaluation").glob("*.partial.jsonl"))
+    return files[0].read_bytes().count(b"\n") - 1 if files else 0
 
 
 class Command:
@@ -90,8 +103,7 @@ class Command:
         """Wait until the partial file holds so many; how many it holds."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            files = list((self.run_dir / "evaluation").glob("*.partial.jsonl"))
-            found = files[0].read_bytes().count(b"\n") - 1 if files else 0
+            found = num_kept(self.run_dir)
             if found >= beyond + num:
                 return found
             assert self.process.poll() is None, self.text
@@ -123,7 +135,8 @@ def test_killed_and_interrupted_evaluations_go_on(run_dir: Path, tmp_path: Path)
 
     # Ctrl-C in a terminal reaches every process of the group.
     command = Command(run_dir, *arguments, "--actors", 1)
-    kept = sum(1 for _ in (run_dir / "evaluation" / "long.en-best.partial.jsonl").open("rb")) - 1
+    kept = num_kept(run_dir)
+    assert kept >= 5
     found = command.wait_for_batches(5, beyond=kept)
     processes = psutil.Process(command.process.pid).children(recursive=True)
     assert any("ray::" in " ".join(process.cmdline()) for process in processes)

@@ -7,11 +7,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cluster.cli import cli
-from cluster.evaluate import Actors, _check_room, _explained, _ray_writes_to
-from data_shards.errors import RunFailedError, UserError
+from cluster.evaluate import Actors, _Actor, _check_room, _explained, _ray_writes_to
+from data_shards.errors import UserError
 from tests.runs import make_run
 from trainer.run import read_events
 
@@ -122,24 +123,28 @@ def test_more_actors_than_the_cluster_has_room_for():
         _check_room(Actors(3, 3), 2, has_gpu=True)
 
 
-class TestWhatRayWraps:
-    class Wrapped(Exception):
-        def __init__(self, text, cause):
-            super().__init__(text)
-            self.cause = cause
+class TestWhatAnActorMeets:
+    def decoded(self, run_dir, monkeypatch, error):
+        def failing(self, batch):
+            raise error
 
-    def test_a_mistake_of_the_users_comes_out(self):
-        inner = UserError("the checkpoint is gone")
-        assert _explained(self.Wrapped("ray", self.Wrapped("data", inner))) is inner
+        monkeypatch.setattr("trainer.decoding_job.BatchDecoder.__call__", failing)
+        batch = {"system": 0, "job": 0, "number": 0, "indices": [0], "lines": ["a"]}
+        (found,) = _Actor((), "cpu")({"batch": [json.dumps(batch)]})["decoded"]
+        return json.loads(found)
 
-    def test_want_of_memory_names_the_mend(self):
-        error = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
-        assert "evaluation.batch_tokens" in str(_explained(self.Wrapped("ray", error)))
+    def test_a_mistake_of_the_users_is_a_message(self, run_dir, monkeypatch):
+        found = self.decoded(run_dir, monkeypatch, UserError("the checkpoint is gone"))
+        assert found == {"error": "the checkpoint is gone", "failed": False}
 
-    def test_anything_else_is_the_last_line_and_how_to_go_on(self):
-        found = _explained(self.Wrapped("a\nb: what happened\n", None))
-        assert isinstance(found, RunFailedError)
-        assert str(found).startswith("decoding failed: b: what happened. What was translated")
+    def test_want_of_memory_names_the_mend(self, run_dir, monkeypatch):
+        found = self.decoded(run_dir, monkeypatch, torch.OutOfMemoryError("CUDA"))
+        assert "evaluation.batch_tokens" in found["error"]
+        assert found["failed"]
+
+    def test_of_anything_else_the_last_line_and_how_to_go_on(self):
+        found = _explained(RuntimeError("a\nValueError: what happened\n"))
+        assert str(found).startswith("decoding failed: ValueError: what happened. What was")
 
 
 def test_only_rays_lines_go_to_the_file(tmp_path, capfd):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.errors import UserError
+from data_shards.errors import RunFailedError, UserError
 from data_shards.manifest import Manifest
 from data_shards.shards import prepare
 from model.transformer import build
@@ -134,6 +134,26 @@ def test_several_systems_and_test_sets_in_one_go(run_dir, work):
     assert [job for job, _ in work.decoded] == sorted(job for job, _ in work.decoded)
     (alone,) = Work(run_dir)(systems[1])
     assert found[2].hypotheses == alone.hypotheses != found[0].hypotheses
+
+
+def test_a_run_that_trains_on_meanwhile(run_dir, work):
+    newest, elsewhere = run_dir / "checkpoints" / "step-00000180", run_dir / "newer"
+    newest.rename(elsewhere)
+    (expected,) = work(make_system(run_dir, "last"))
+    expected.partial.unlink()
+    assert expected.step == 120
+
+    def meanwhile(systems, batches):
+        elsewhere.rename(newest)
+        yield from decode_here(systems, batches)
+
+    work._decode = meanwhile
+    (found,) = work(make_system(run_dir, "last"))
+    assert (found.step, found.hypotheses) == (120, expected.hypotheses)
+
+    newest.rename(elsewhere)
+    with pytest.raises(RunFailedError, match="average:2 is another one now"):
+        work(make_system(run_dir, "average:2"))
 
 
 def test_an_ensemble(run_dir, work):

@@ -132,42 +132,43 @@ def test_a_corpus_whose_shards_are_gone_still_gives_scores(run_dir, tmp_path):
     assert "train-000000.tar" in result.frequency_note
 
 
-class TestComparison:
-    @pytest.fixture(scope="class")
-    def result(self, trained_run, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("compared") / "runs" / "demo"
-        run_dir = shutil.copytree(trained_run, folder)
-        evaluation = override(read_config(run_dir).evaluation)
-        own, *others = (System(run_dir, name, evaluation) for name in ("180", "60", "last"))
-        (found,) = evaluate_systems(
-            [own], find_test_sets(run_dir, ["test"]), decode=decode_here, compared=others
-        )
-        return found.result
+@pytest.fixture(scope="module")
+def compared(trained_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared") / "runs" / "demo"
+    run_dir = shutil.copytree(trained_run, folder)
+    evaluation = override(read_config(run_dir).evaluation)
+    own, *others = (System(run_dir, name, evaluation) for name in ("180", "60", "last"))
+    (found,) = evaluate_systems(
+        [own], find_test_sets(run_dir, ["test"]), decode=decode_here, compared=others
+    )
+    return found.result
 
-    def test_is_stored_with_the_result(self, run_dir, result):
-        rows = {(row["system"], row["metric"]): row for row in result.comparison["rows"]}
+
+class TestComparison:
+    def test_is_stored_with_the_result(self, run_dir, compared):
+        rows = {(row["system"], row["metric"]): row for row in compared.comparison["rows"]}
         assert set(rows) == {
             (system, metric)
             for system in ("demo 180", "demo 60", "demo last")
             for metric in ("bleu", "chrf", "ter")
         }
-        assert result.comparison["baseline"] == "demo 180"
+        assert compared.comparison["baseline"] == "demo 180"
         assert rows["demo 60", "bleu"]["score"] == pytest.approx(
             evaluate(run_dir, checkpoint="60").bleu
         )
         assert rows["demo 60", "bleu"]["difference"] < 0
         # The very same checkpoint under another name.
         assert rows["demo last", "bleu"]["p_randomisation"] == 1.0
-        assert Result.read(result.file) == result
+        assert Result.read(compared.file) == compared
 
-    def test_leaves_only_translations_of_the_others(self, result):
-        assert sorted(path.name for path in result.file.parent.iterdir()) == [
+    def test_leaves_only_translations_of_the_others(self, compared):
+        assert sorted(path.name for path in compared.file.parent.iterdir()) == [
             "metrics.prom", "test-180.hypotheses.txt", "test-180.json",
             "test-demo@60.hypotheses.txt", "test-demo@last.hypotheses.txt",
         ]  # fmt: skip
 
-    def test_is_shown(self, result):
-        (shown,) = exhibits_evaluation.comparisons([result])
+    def test_is_shown(self, compared):
+        (shown,) = exhibits_evaluation.comparisons([compared])
         assert shown["baseline"] == "demo 180"
         assert {row["metric"] for row in shown["rows"]} == {"BLEU", "chrF", "TER"}
         assert "12345" in dict(shown["signatures"])["BLEU"]
