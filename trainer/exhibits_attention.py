@@ -59,11 +59,11 @@ _DECODER_PLACES = {
 
 @dataclass(frozen=True)
 class _Head:
-    """A head, counted from 0, with what it does."""
+    """A head, counted from 0, with what it does; None for the mean of the layer's."""
 
     kind: Kind
     layer: int
-    head: int
+    head: int | None
     heading: str
     caption: str
 
@@ -143,13 +143,20 @@ def _noted(measured: list[AttentionMaps]) -> list[_Head]:
     sharp_LH = mean([maps.cross[:, :, :-1, :-1].amax(-1).mean(-1) for maps in measured])
     resting_LH = mean([maps.cross[:, :, :-1, -1].mean(-1) for maps in measured])
     layer, head, share = _most(sharp_LH)
+    read = max(0, len(sharp_LH) - 2)
     found = [
         _Head(
-            "cross", layer, head, "A head that finds the word to translate",
-            f"Each row is mostly one dark cell: the source piece that is being translated. "
-            f"{_where('cross', layer, head)} puts {share:.0%} of its weight on one piece, more "
-            f"than any other head (mean over {number} test sentences).",
-        )
+            "cross", layer, head, "The sharpest head",
+            "Each row is mostly one strong cell: for each piece that it writes, the model looks at "
+            f"one piece of the source. {_where('cross', layer, head)} puts {_percent(share)} of "
+            "its weight on one piece, more than any other head (mean over "
+            f"{number} test sentences).",
+        ),
+        _Head(
+            "cross", read, None, "Where word alignments are read",
+            f"The mean over the heads of layer {read + 1}: the column of a row's strongest cell is "
+            "taken as the piece that is being translated.",
+        ),
     ]  # fmt: skip
     places: tuple[tuple[Kind, dict[int, str]], ...] = (
         ("encoder", _ENCODER_PLACES),
@@ -168,8 +175,8 @@ def _noted(measured: list[AttentionMaps]) -> list[_Head]:
             found.append(
                 _Head(
                     kind, layer, head, f"A head that looks {at}",
-                    f"The dark cells form a diagonal, whatever the words are. "
-                    f"{_where(kind, layer, head)} puts {share:.0%} of its weight there.",
+                    "The strong cells lie along a diagonal, whatever the words are. "
+                    f"{_where(kind, layer, head)} puts {_percent(share)} of its weight there.",
                 )
             )  # fmt: skip
     layer, head, share = _most(resting_LH)
@@ -177,9 +184,9 @@ def _noted(measured: list[AttentionMaps]) -> list[_Head]:
         found.append(
             _Head(
                 "cross", layer, head, "A head that rests",
-                f"The dark column is the end of the source, which says nothing about a word. "
-                f"{_where('cross', layer, head)} puts {share:.0%} of its weight there: a way of "
-                "adding nothing.",
+                f"The strong column is the end of the source, which says nothing about a word. "
+                f"{_where('cross', layer, head)} puts {_percent(share)} of its weight there: a way "
+                "of adding nothing.",
             )
         )  # fmt: skip
     return found
@@ -198,15 +205,22 @@ def _diagonal(weights_LHQK: Tensor, offset: int) -> Tensor:
     )
 
 
-def _where(kind: Kind, layer: int, head: int) -> str:
-    return f"Head {head + 1} of layer {layer + 1} of the {_NAMES[kind]}"
+def _where(kind: Kind, layer: int, head: int | None) -> str:
+    which = "All heads" if head is None else f"Head {head + 1}"
+    return f"{which} of layer {layer + 1} of the {_NAMES[kind]}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _picture(maps: AttentionMaps, head: _Head) -> Markup:
-    weights, rows, columns = maps.labelled(head.kind)
+    weights_LHQK, rows, columns = maps.labelled(head.kind)
+    weights_HQK = weights_LHQK[head.layer]
+    weights_QK = weights_HQK.mean(0) if head.head is None else weights_HQK[head.head]
     return Markup(  # noqa: S704
         figures.attention_map(
-            weights[head.layer, head.head].numpy(),
+            weights_QK.numpy(),
             _labels(columns),
             _labels(rows),
             title=f"{_where(head.kind, head.layer, head.head)}. {head.heading}.",
@@ -229,7 +243,7 @@ def _explorer(
     value = {
         "names": _NAMES,
         "sentences": sentences,
-        "start": {"layer": start.layer if start else 0, "head": start.head if start else 0},
+        "start": {"layer": start.layer, "head": start.head} if start else {"layer": 0, "head": 0},
     }
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))  # noqa: S704

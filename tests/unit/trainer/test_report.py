@@ -102,7 +102,7 @@ def test_a_full_page_parses_and_shows_every_section(trained):
     assert f"BLEU{result['bleu']:.2f}" in text
     assert result["signature"] in text
     for expected in (
-        "2.72", "finished: reached trainer.max_steps", "A head that finds the word to translate",
+        "2.72", "finished: reached trainer.max_steps", "The sharpest head",
         "Every head", "Paper BLEU", "by words of the source", "worst sentences",
         "12,345 exactly", "resumed once; 1 to 2 workers", "chrF, worst", "chrF, median",
         "data.vocabulary_size", "Filters", "Licence", "1.23 MB each", "342k", "4,095",
