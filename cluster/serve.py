@@ -159,7 +159,8 @@ def _deploy(
     from ray import serve as ray_serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if not ray_session.is_local and ray_serve.status().applications:
+    is_local = ray_session.is_local
+    if not is_local and ray_serve.status().applications:
         raise UserError(
             "the cluster of RAY_ADDRESS serves already: end that with `serve shutdown`, or use "
             "another cluster"
@@ -174,13 +175,12 @@ def _deploy(
         max_num_best=_max_num_best(evaluation),
         longest=loaded.config.model.max_positions - 1,
     )
-    everywhere = not ray_session.is_local and not is_loopback(options.host)
+    everywhere = not is_local and not is_loopback(options.host)
     try:
         ray_serve.start(
             proxy_location="EveryNode" if everywhere else "HeadOnly",
             http_options={"host": options.host, "port": options.port},
         )
-        is_local = ray_session.is_local
         bound = model.bind(
             [ray.put(loaded)], evaluation, served.max_num_best, _BATCH_WAIT_S, is_local
         )
@@ -189,10 +189,15 @@ def _deploy(
             name=_APPLICATION,
             route_prefix="/",
         )
-    except RuntimeError as error:
-        raise RunFailedError(
-            f"the server did not start: {error}; Ray's logs are in /tmp/ray/session_latest/logs"
-        ) from None
+    except BaseException as error:
+        if not is_local:
+            ray_serve.shutdown()  # else it would stay in the cluster
+        if isinstance(error, RuntimeError):
+            raise RunFailedError(
+                f"the server did not start: {error}; see serve/ among the logs of Ray, here those "
+                "in /tmp/ray/session_latest/logs"
+            ) from None
+        raise
 
 
 def _deployments(

@@ -12,6 +12,7 @@ const byId = (id) => document.getElementById(id);
 // As it is shown, and as it is said.
 const shown = (piece) => SPECIAL[piece] ?? piece.replaceAll("\u2581", "·");
 const said = (piece) => SPECIAL[piece] ?? (piece.replaceAll("\u2581", " ").trim() || "blank");
+const quoted = (piece) => `“${said(piece)}”`;
 const percent = (weight) => `${(100 * weight).toFixed(1)} %`;
 
 function element(name, properties = {}, ...children) {
@@ -173,8 +174,8 @@ export class AttentionView {
       if (weight > weights[best[0]][best[1]]) best = [r, c];
     }));
     const [r, c] = best;
-    return `${this.#name(layer, head)}: strongest from ${said(this.#rows[r])} to ` +
-      `${said(this.#columns[c])}, ${percent(weights[r][c])}`;
+    return `${this.#name(layer, head)}: strongest from ${quoted(this.#rows[r])} to ` +
+      `${quoted(this.#columns[c])}, ${percent(weights[r][c])}`;
   }
 
   // The enlarged map.
@@ -215,7 +216,7 @@ export class AttentionView {
   }
 
   #words(r, c) {
-    return `${said(this.#rows[r])} looks at ${said(this.#columns[c])}: ${percent(this.chosen[r][c])}`;
+    return `${quoted(this.#rows[r])} looks at ${quoted(this.#columns[c])}: ${percent(this.chosen[r][c])}`;
   }
 
   #listenToGrid() {
@@ -283,8 +284,8 @@ export class AttentionView {
     const others = (isRow ? this.chosen[r] : this.chosen.map((row) => row[c]))
       .map((weight, index) => ({ weight, piece: (isRow ? this.#columns : this.#rows)[index] }))
       .sort((a, b) => b.weight - a.weight).slice(0, 3)
-      .map(({ weight, piece }) => `${said(piece)} ${percent(weight)}`).join(", ");
-    return isRow ? `${said(this.#rows[r])} looks at ${others}` : `${said(this.#columns[c])} is looked at by ${others}`;
+      .map(({ weight, piece }) => `${quoted(piece)} ${percent(weight)}`).join(", ");
+    return isRow ? `${quoted(this.#rows[r])} looks at ${others}` : `${quoted(this.#columns[c])} is looked at by ${others}`;
   }
 
   #rowPiece(r) {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ import psutil
 import pytest
 import requests
 
+from tests.browser import CHROMIUM, CHROMIUM_OPTIONS, nameless, worst_contrast
 from tests.runs import make_run
 
 pytestmark = pytest.mark.timeout(300)
@@ -35,17 +35,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 200
 TOKEN = "open-sesame"
 RATE = 60
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-CHROMIUM_OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def command(folder: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -358,15 +347,7 @@ def test_by_keyboard_alone(page: Any) -> None:
 
 def test_everything_has_a_name_and_a_role(page: Any) -> None:
     translate(page, "red dog\nold cat")
-    nameless = page.evaluate(
-        """() => [...document.querySelectorAll('button, input, select, textarea, [role], a')]
-        .filter((e) => e.checkVisibility())
-        .filter((e) => !['presentation', 'row', 'rowgroup', 'status', 'alert'].includes(e.role))
-        .filter((e) => !(e.labels?.length || e.ariaLabel || e.textContent.trim()
-            || document.getElementById(e.getAttribute('aria-labelledby'))?.textContent.trim()))
-        .map((e) => e.outerHTML)"""
-    )
-    assert nameless == []
+    assert nameless(page) == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
     assert len(ids) == len(set(ids))
     for attribute in ("aria-labelledby", "aria-describedby"):
@@ -392,30 +373,8 @@ def test_everything_has_a_name_and_a_role(page: Any) -> None:
 def test_text_can_be_read_in_both_schemes(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     translate(page, "red dog sees two old cat")
-    worst = page.evaluate(
-        """() => {
-          const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-          const part = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-          const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
-          const behind = (e) => {
-            for (; e; e = e.parentElement) {
-              const colour = rgb(getComputedStyle(e).backgroundColor);
-              if (colour.length < 4 || colour[3] > 0) return colour;
-            }
-            return [255, 255, 255];
-          };
-          let worst = [99, ''];
-          for (const e of document.querySelectorAll('body *')) {
-            const text = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-            if (!text || !e.checkVisibility()) continue;
-            const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
-            const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-            if (ratio < worst[0]) worst = [ratio, e.outerHTML.slice(0, 200)];
-          }
-          return worst;
-        }"""
-    )
-    assert worst[0] >= 4.5, worst  # WCAG 2.2, AA
+    ratio, where = worst_contrast(page)
+    assert ratio >= 4.5, where  # WCAG 2.2, AA
 
 
 def test_a_narrow_window_scrolls_one_way_only(page: Any) -> None:
