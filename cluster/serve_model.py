@@ -69,7 +69,9 @@ class Engine:
                 continue
             assert translator is not None
             lines = [line for index in chosen for line in jobs[index].lines]
-            translations = iter(translator.translate(lines))
+            # As if each were alone: what is sampled does not depend on who else asks.
+            keys = [key for index in chosen for key in range(len(jobs[index].lines))]
+            translations = iter(translator.translate(lines, keys=keys))
             for index in chosen:
                 job = jobs[index]
                 found[index] = [next(translations)[: job.num_best] for _ in job.lines]

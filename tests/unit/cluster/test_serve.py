@@ -137,3 +137,28 @@ def test_where_it_listens() -> None:
     assert _url(ServeOptions(host="::1", port=81), True) == "http://[::1]:81/"
     assert "head node" in _url(ServeOptions(), False)
     assert "every node" in _url(ServeOptions(host="0.0.0.0"), False)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_warned"),
+    [
+        (ServeOptions(host="0.0.0.0"), True),
+        (ServeOptions(host="0.0.0.0", token="abc"), False),
+        (ServeOptions(), False),
+    ],
+)
+def test_an_open_server_is_warned_of(
+    options: ServeOptions, is_warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(**_: Any) -> Any:
+        raise UserError("far enough")
+
+    monkeypatch.setattr(cluster.serve, "check_address", lambda host, port: None)
+    monkeypatch.setattr("trainer.run.load_model", lambda run_dir, checkpoint: None)
+    monkeypatch.setattr(cluster.serve.session, "connect", connect)
+    said: list[str] = []
+    with pytest.raises(UserError, match="far enough"):
+        cluster.serve.serve(Path("demo"), "best", EvaluationConfig(), options, say=said.append)
+    assert [line.startswith("warning: whoever reaches 0.0.0.0:8000") for line in said] == [
+        True
+    ] * is_warned

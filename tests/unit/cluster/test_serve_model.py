@@ -41,7 +41,10 @@ def test_a_job_alone_always_fits_and_several_never_pretend_to(lengths: list[list
     assert len(jobs) == 1 or padded_tokens(jobs, 40) >= sum(map(sum, lengths))
 
 
-def test_a_batch_answers_each_as_if_alone(engine: Engine) -> None:
+@pytest.mark.parametrize("search", ["beam", "sample"])
+def test_a_batch_answers_each_as_if_alone(search: str, loaded: LoadedModel) -> None:
+    evaluation = EVALUATION.model_copy(update={"search": search})
+    engine = Engine(loaded, evaluation, max_num_best=3)
     jobs = [
         engine.job(["red dog sees two"], 1),
         engine.job(["old house", "", "three green tree eats"], 3),
