@@ -203,6 +203,23 @@ def test_rules_change_what_is_best() -> None:
     assert lengths["wu"] < lengths["reward"]
 
 
+@pytest.mark.parametrize(("rule", "penalty"), [("wu", 2.0), ("average", 1.0), ("reward", 3.0)])
+def test_stopping_early_loses_nothing(rule: str, penalty: float) -> None:
+    model = _model(vocab=30)
+    with torch.no_grad():
+        # So that a longer translation often turns out better than those that are finished.
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    source = _sources(40, 8, 30)
+    settings: dict[str, Any] = {
+        "beam": 6, "max_extra_length": 12, "length_rule": rule, "length_penalty": penalty,
+    }  # fmt: skip
+    # As many as the beam are only there once it is full: that search never stops earlier.
+    full = _search(model, source, num_best=6, **settings)
+    early = _search(model, source, num_best=1, **settings)
+    assert [found[0].ids for found in early] == [found[0].ids for found in full]
+
+
 @pytest.mark.parametrize("method", ["beam", "sample"])
 def test_coverage_ignores_padding_and_the_rest_of_the_batch(method: str) -> None:
     model = _model(vocab=30)
