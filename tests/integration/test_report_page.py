@@ -14,13 +14,18 @@ from trainer.report import write_report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a small run."""
+    return write_report(make_run(tmp_path_factory.mktemp("page"), steps=(30,)))
+
+
 @pytest.fixture
-def page(tmp_path: Path) -> Any:
-    """The report of a small run, open; what the page complains of fails the test."""
+def page(report: Path) -> Any:
+    """The report, open; what the page complains of, or asks for, fails the test."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
-    file = write_report(make_run(tmp_path, steps=(30,)))
     complaints: list[str] = []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -30,10 +35,10 @@ def page(tmp_path: Path) -> Any:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text))
         page.on("request", lambda request: complaints.append(request.url))
-        page.goto(file.as_uri())
+        page.goto(report.as_uri())
         yield page
         browser.close()
-    assert complaints == [file.as_uri()]
+    assert complaints == [report.as_uri()]
 
 
 def rows(page: Any) -> list[list[str]]:
