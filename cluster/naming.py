@@ -33,7 +33,10 @@ CHANGEABLE = frozenset(
         "recovery.max_failures", "recovery.hang_timeout_s", "recovery.grace_s",
         "recovery.resize_interval_s", "recovery.standby", "recovery.max_skipped", "recovery.then",
         "recovery.max_rewinds", "recovery.spike_nats",
-        "evaluation.beam", "evaluation.length_penalty", "evaluation.max_extra_length",
+        "evaluation.search", "evaluation.beam", "evaluation.length_rule",
+        "evaluation.length_penalty", "evaluation.coverage_rule", "evaluation.coverage_penalty",
+        "evaluation.max_extra_length", "evaluation.unknown", "evaluation.temperature",
+        "evaluation.top_k", "evaluation.top_p", "evaluation.seed", "evaluation.precision",
         "evaluation.batch_tokens",
     }
 )  # fmt: skip
