@@ -167,9 +167,9 @@ def _unknown(unknown: list[str], manifest: Manifest, splits: list[Any], public: 
         if name in DATASETS:
             hint = f" for {pair} (sacreBLEU has it for {', '.join(DATASETS[name].langpairs)})"
         parts.append(f"unknown test set {name!r}{hint}")
-    own = f"of the run's corpus: {', '.join(splits) or 'none'}"
-    others = f"sacreBLEU's for {pair}: {', '.join(public) or 'none'}"
-    return f"{'; '.join(parts)}. There are, {own}; {others}. Or give --source and --reference files"
+    own = f"the run's corpus has {', '.join(splits) or 'none'}"
+    others = f"sacreBLEU has, for {pair}, {', '.join(public) or 'none'}"
+    return f"{'; '.join(parts)}: {own}; {others}. Or give --source and --reference files"
 
 
 def _public(name: str, pair: str, mirror: str | None) -> TestSet:

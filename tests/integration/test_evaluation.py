@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,12 @@ class Command:
     def end(self) -> int:
         return self.process.wait(timeout=PATIENCE_S)
 
+    def kill(self) -> None:
+        """With all that it has started, whatever became of the test."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
     def wait_for_batches(self, num: int, *, beyond: int = 0) -> int:
         """Wait until the partial file holds so many; how many it holds."""
         deadline = time.monotonic() + PATIENCE_S
@@ -111,7 +118,22 @@ class Command:
         raise AssertionError(f"no batch after {PATIENCE_S} s: {self.text}")
 
 
-def test_killed_and_interrupted_evaluations_go_on(run_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def start(run_dir: Path) -> Iterator[Callable[..., Command]]:
+    commands: list[Command] = []
+
+    def start(*arguments: object) -> Command:
+        commands.append(Command(run_dir, *arguments))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        command.kill()
+
+
+def test_killed_and_interrupted_evaluations_go_on(
+    run_dir: Path, tmp_path: Path, start: Callable[..., Command]
+) -> None:
     chosen = pairs(800, seed=8)
     files = (
         write_lines(tmp_path / "long.en", [source for source, _ in chosen]),
@@ -127,14 +149,14 @@ def test_killed_and_interrupted_evaluations_go_on(run_dir: Path, tmp_path: Path)
     )
 
     # A real kill -9, in this process.
-    command = Command(run_dir, *arguments, "--actors", 0)
+    command = start(*arguments, "--actors", 0)
     command.wait_for_batches(5)
     command.process.kill()
     command.end()
     assert not list((run_dir / "evaluation").glob("*.json"))
 
     # Ctrl-C in a terminal reaches every process of the group.
-    command = Command(run_dir, *arguments, "--actors", 1)
+    command = start(*arguments, "--actors", 1)
     kept = num_kept(run_dir)
     assert kept >= 5
     found = command.wait_for_batches(5, beyond=kept)
@@ -152,7 +174,7 @@ def test_killed_and_interrupted_evaluations_go_on(run_dir: Path, tmp_path: Path)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
     # The same again, to the end, wherever it is decoded.
-    command = Command(run_dir, *arguments, "--actors", 0, "--json")
+    command = start(*arguments, "--actors", 0, "--json")
     assert command.end() == 0, command.text
     assert "going on after an interruption" in command.text
     result = json.loads((run_dir / "evaluation" / "long.en-best.json").read_text())
@@ -161,7 +183,7 @@ def test_killed_and_interrupted_evaluations_go_on(run_dir: Path, tmp_path: Path)
 
     # What was put together is what one go gives.
     hypotheses = (run_dir / "evaluation" / result["hypotheses"]).read_text()
-    command = Command(run_dir, *arguments, "--actors", 0)
+    command = start(*arguments, "--actors", 0)
     assert command.end() == 0, command.text
     again = json.loads((run_dir / "evaluation" / "long.en-best.json").read_text())
     assert again["bleu"] == result["bleu"]

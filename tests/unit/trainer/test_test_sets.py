@@ -71,7 +71,7 @@ def test_unknown_names_come_in_one_message_with_what_there_is(manifest):
     message = str(caught.value)
     assert "'wtm14' (did you mean wmt14" in message
     assert "'tset' (did you mean test" in message
-    assert "of the run's corpus: valid, test" in message or "test, valid" in message
+    assert "the run's corpus has valid, test; sacreBLEU has, for en-de, " in message
     assert "wmt14/full" in message
     assert "\n" not in message
 
