@@ -115,13 +115,14 @@ serve: setup ## Serve run NAME: a page to type in, a JSON endpoint (Ctrl-C ends)
 report: setup ## Write the page of run NAME
 	@$(need_name)$(BABELRAY) report $(NAME)
 
+# One thread a process: many small models and several processes at a time, on however few cores.
 .PHONY: test
 test: setup ## Run the tests (those marked slow aside)
-	@$(BIN)/pytest -m "not slow" $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(PYTEST)
 
 .PHONY: test-slow
 test-slow: setup ## Run the tests that take minutes each
-	@$(BIN)/pytest -m slow $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PYTEST)
 
 .PHONY: chaos
 chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FAULTS='...' WRITE=1)

@@ -268,11 +268,6 @@ def _check_num_best(evaluation: EvaluationConfig, num_best: int) -> None:
 def _prepared(model: Transformer, precision: str) -> Transformer:
     if precision == "bf16":
         return copy.deepcopy(model).to(torch.bfloat16)
-    if precision == "int8":
-        raise UserError(
-            "evaluation.precision: int8 is not decoded here: use bf16, or export the run for "
-            "CTranslate2 (babelray export)"
-        )
     return model
 
 
