@@ -7,10 +7,17 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_shards.config import DataConfig
 from data_shards.manifest import Manifest
 from data_shards.shards import prepare
+
+# A run says the same on every machine, however slow; HYPOTHESIS_PROFILE=explore looks further.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("babelray", _PATIENT, derandomize=True)
+settings.register_profile("explore", _PATIENT, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "babelray"))
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -321,7 +321,6 @@ def test_data_stats(prepared: tuple[DataConfig, Manifest]) -> None:
             ["evaluate", "x", "--source", "a", "--reference", "b", "--test-set", "valid"],
             "not both",
         ),
-        (["evaluate", "x", "--test-set", "newstest"], "--test-set"),
         (["evaluate"], "Missing argument 'RUN'"),
         (["translate", "nowhere"], "no run 'nowhere'"),
         (["translate", "x", "--input", "/no/such/file"], "/no/such/file"),
