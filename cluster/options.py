@@ -27,6 +27,14 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Set one value over the file's, such as trainer.max_steps=100. May be repeated.",
 )
+search_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one value of the search over the run's own, such as evaluation.beam=8. May be "
+    "repeated.",
+)
 mirror_option = click.option(
     "--mirror",
     metavar="DIR_OR_URL",

@@ -180,7 +180,7 @@ def _check_address(address: str) -> None:
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start it with "
-        "ray start --head, correct the address, or unset RAY_ADDRESS to train on this machine"
+        "ray start --head, correct the address, or unset RAY_ADDRESS to use this machine alone"
     )
 
 

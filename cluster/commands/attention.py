@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from cluster.options import checkpoint_option, evaluation_settings, runs_option, set_option
+from cluster.options import checkpoint_option, evaluation_settings, runs_option, search_option
 from data_shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _NumberOr(click.ParamType[int | str]):
     help="By default in the run's folder, under attention/.",
 )
 @checkpoint_option
-@set_option
+@search_option
 @runs_option
 def attention(
     run: str,

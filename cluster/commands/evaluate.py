@@ -15,7 +15,7 @@ from cluster.options import (
     print_json,
     runs_option,
     say,
-    set_option,
+    search_option,
 )
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _actors(
 @click.option(
     "--push-gateway", metavar="URL", help="Push the scores to this Prometheus push gateway."
 )
-@set_option
+@search_option
 @runs_option
 @json_option
 def evaluate(

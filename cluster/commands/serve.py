@@ -12,7 +12,7 @@ from cluster.options import (
     evaluation_settings,
     runs_option,
     say,
-    set_option,
+    search_option,
 )
 from data_shards.errors import UserError
 
@@ -71,7 +71,7 @@ def _replicas(ctx: click.Context, param: click.Parameter, value: str) -> tuple[i
     help="Requests a minute of one client; 0 for no limit. By default no limit on the loopback "
     f"interface, {_RATE_ABROAD} on others.",
 )
-@set_option
+@search_option
 @runs_option
 def serve(
     run: str,

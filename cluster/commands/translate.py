@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from cluster.options import checkpoint_option, evaluation_settings, runs_option, say, set_option
+from cluster.options import checkpoint_option, evaluation_settings, runs_option, say, search_option
 from data_shards.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="... or, for each line of the input, a line that says so.",
 )
-@set_option
+@search_option
 @runs_option
 def translate(
     run: str,
