@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.errors import UserError
+from data_shards.errors import RunFailedError, UserError
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_DASHBOARD_PORT = 8265
@@ -131,7 +131,7 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
         if address:
             context = _connect_to(address)
         else:
-            context = ray.init(
+            context = _start_own(
                 address="local",  # and not a cluster that somebody has started on this machine
                 num_cpus=max(num_cores(), min_cpus),
                 include_dashboard=True,
@@ -153,6 +153,20 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
         ray.shutdown()
         for name in added:
             os.environ.pop(name, None)
+
+
+def _start_own(**options: Any) -> Any:
+    import ray
+
+    try:
+        return ray.init(**options)
+    except Exception as error:  # Ray has no narrower one for a node that does not come up
+        if "startup" not in str(error):
+            raise
+        raise RunFailedError(
+            f"Ray did not start on this machine ({str(error).strip().splitlines()[0]}): it may have "
+            "too much other work; try again when it has less"
+        ) from None
 
 
 def _connect_to(address: str) -> Any:

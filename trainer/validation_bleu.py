@@ -81,13 +81,14 @@ class BleuHistory:
 
     @classmethod
     def of(cls, events: Iterable[dict[str, Any]]) -> BleuHistory:
-        """Of what a run has logged (``read_events``)."""
+        """Of what a run has logged (``read_events``).
+
+        Evaluations by hand, perhaps with another search, do not say ``best``.
+        """
         scored = {
             event["step"]: event["bleu"]
             for event in events
-            if event["event"] == "evaluated"
-            and event.get("test_set") == "valid"
-            and event.get("checkpoint") == str(event.get("step"))
+            if event["event"] == "evaluated" and "best" in event
         }
         history = cls()
         for step in sorted(scored):
