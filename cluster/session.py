@@ -164,8 +164,8 @@ def _start_own(**options: Any) -> Any:
         if "startup" not in str(error):
             raise
         raise RunFailedError(
-            f"Ray did not start on this machine ({str(error).strip().splitlines()[0]}): it may have "
-            "too much other work; try again when it has less"
+            f"Ray did not start on this machine ({str(error).strip().splitlines()[0]}): it may "
+            "have too much other work; try again when it has less"
         ) from None
 
 

@@ -190,9 +190,7 @@ class EvaluationConfig(BaseModel):
     )
     seed: int = Field(1, ge=0, lt=2**31)
 
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the weights while decoding"
-    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the weights while decoding")
     batch_tokens: int = Field(4096, ge=1, description="source tokens decoded together, padded")
 
 

@@ -296,7 +296,7 @@ class TestFolder:
         monkeypatch.setattr(export_module, "readme", fail)
         expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
         for folder in (output, tmp_path / "new"):
-            with pytest.raises(expected, match="No space left|^$"):
+            with pytest.raises(expected, match=r"No space left|^$"):
                 export(run_dir, folder, format="ctranslate2", overwrite=True)
         assert {file.name: file.read_bytes() for file in output.iterdir()} == before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
