@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import CHRF
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+from trainer.scores import bleu_metric
 
 # The least length (source words) and the least frequency (times in the training text) of each
 # bucket; a bucket ends where the next begins.
@@ -68,9 +70,14 @@ def words(line: str) -> list[str]:
 
 
 def by_length(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    target_language: str,
 ) -> list[LengthBucket]:
     """BLEU and chrF of the sentences of like length; empty buckets are left out."""
+    bleu, chrf = bleu_metric(target_language), CHRF()
     members: dict[int, list[int]] = {}
     for index, source in enumerate(sources):
         members.setdefault(_bucket(len(words(source)), LENGTHS), []).append(index)
@@ -84,8 +91,8 @@ def by_length(
                 least=least,
                 most=most,
                 num_sentences=len(indices),
-                bleu=float(BLEU().corpus_score(found, expected).score),
-                chrf=float(CHRF().corpus_score(found, expected).score),
+                bleu=float(bleu.corpus_score(found, expected).score),
+                chrf=float(chrf.corpus_score(found, expected).score),
             )
         )
     return buckets
@@ -126,10 +133,11 @@ def worst(
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
+    target_language: str,
     num: int = NUM_WORST,
 ) -> list[WorstSentence]:
     """The sentences of the lowest chrF, the worst first."""
-    chrf, bleu = CHRF(), BLEU(effective_order=True)
+    chrf, bleu = CHRF(), bleu_metric(target_language, effective_order=True)
     expected = [list(lines) for lines in zip(*references, strict=True)]
     values = [
         float(chrf.sentence_score(hypothesis, lines).score)

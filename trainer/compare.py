@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics import CHRF, TER
 from sacrebleu.significance import PairedTest
+
+from trainer.scores import bleu_metric
 
 BOOTSTRAP_SAMPLES = 1000
 RANDOMISATION_TRIALS = 10_000
@@ -66,6 +68,7 @@ def compare(
     systems: Sequence[tuple[str, Sequence[str]]],
     references: Sequence[Sequence[str]],
     *,
+    target_language: str,
     bootstrap_samples: int = BOOTSTRAP_SAMPLES,
     randomisation_trials: int = RANDOMISATION_TRIALS,
 ) -> Comparison:
@@ -74,15 +77,20 @@ def compare(
     Args:
         systems: names and hypotheses, two at least; names differ.
         references: one list a translator, parallel to all hypotheses.
+        target_language: code, for BLEU's tokeniser.
         bootstrap_samples, randomisation_trials: more make p-values finer.
+
+    Raises:
+        UserError: as ``trainer.scores.bleu_metric``.
     """
     assert len({name for name, _ in systems}) == len(systems) >= 2
     rows, signatures = [], {}
-    for metric, scorer in (("bleu", BLEU), ("chrf", CHRF), ("ter", TER)):
+    scorers = {"bleu": bleu_metric(target_language), "chrf": CHRF(), "ter": TER()}
+    for metric, scorer in scorers.items():
         tested = {
             kind: PairedTest(
                 [(name, list(lines)) for name, lines in systems],
-                {metric: scorer()},
+                {metric: scorer},
                 [list(stream) for stream in references],
                 test_type=kind,
                 n_samples=samples,
@@ -95,8 +103,7 @@ def compare(
         bootstrap, randomisation = tested["bs"][1][key], tested["ar"][1][key]
         for number, (name, lines) in enumerate(systems):
             own = bootstrap[number]
-            # sacreBLEU calls any difference of nought significant (p = 1 / (samples + 1)).
-            is_same = list(lines) == list(systems[0][1])
+            least = _least_p(lines, systems[0][1])
             rows.append(
                 Compared(
                     system=name,
@@ -105,8 +112,9 @@ def compare(
                     mean=float(own.mean),
                     interval=float(own.ci),
                     difference=float(own.score - bootstrap[0].score) if number else None,
-                    p_bootstrap=1.0 if number and is_same else own.p_value,
-                    p_randomisation=1.0 if number and is_same else randomisation[number].p_value,
+                    # sacreBLEU calls the very same output significant (p = 1 / (samples + 1)).
+                    p_bootstrap=1.0 if number and least == 1.0 else own.p_value,
+                    p_randomisation=max(least, randomisation[number].p_value) if number else None,
                 )
             )
     return Comparison(
@@ -116,3 +124,14 @@ def compare(
         bootstrap_samples=bootstrap_samples,
         randomisation_trials=randomisation_trials,
     )
+
+
+def _least_p(lines: Sequence[str], baseline: Sequence[str]) -> float:
+    """The least p that approximate randomisation can have.
+
+    Where k sentences differ there are 2^k ways to exchange them, all alike likely, and two of them
+    (none, and all) differ as much as the systems do. sacreBLEU counts only those that differ by
+    more: it would find two systems that differ in a single sentence as different as can be.
+    """
+    num_different = sum(own != other for own, other in zip(lines, baseline, strict=True))
+    return min(1.0, 2.0 ** (1 - num_different))

@@ -249,7 +249,11 @@ def _compare(own: Translated, others: Sequence[Translated]) -> Comparison:
         while unique in named:
             unique, number = f"{name} ({number})", number + 1
         named[unique] = item.hypotheses
-    return compare(list(named.items()), own.test_set.reference_streams)
+    return compare(
+        list(named.items()),
+        own.test_set.reference_streams,
+        target_language=own.manifest.target_language,
+    )
 
 
 def _evaluated(own: Translated, folder: Path, comparison: Comparison | None) -> Evaluated:
@@ -302,6 +306,11 @@ def _score_fields(scores: Scores) -> dict[str, Any]:
 
 def _breakdown(own: Translated) -> dict[str, Any]:
     tested, references = own.test_set, own.test_set.reference_streams
+    language = own.manifest.target_language
+    by_length = breakdown.by_length(
+        tested.sources, own.hypotheses, references, target_language=language
+    )
+    worst = breakdown.worst(tested.sources, own.hypotheses, references, target_language=language)
     try:
         seen = training_words(own.manifest)
         buckets = breakdown.by_frequency(own.hypotheses, tested.references, seen.counts)
@@ -309,12 +318,10 @@ def _breakdown(own: Translated) -> dict[str, Any]:
     except UserError as error:  # the scores do not need the training text
         by_frequency, note = [], f"not counted: {error}"
     return {
-        "by_length": breakdown.as_rows(
-            breakdown.by_length(tested.sources, own.hypotheses, references)
-        ),
+        "by_length": breakdown.as_rows(by_length),
         "by_frequency": by_frequency,
         "frequency_note": note,
-        "worst": breakdown.as_rows(breakdown.worst(tested.sources, own.hypotheses, references)),
+        "worst": breakdown.as_rows(worst),
     }
 
 

@@ -12,10 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import sacremoses
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacremoses import MosesPunctNormalizer, MosesTokenizer
+
+from data_shards.errors import UserError
 
 _HYPHEN = re.compile(r"(\S)-(\S)")
 
@@ -53,14 +56,39 @@ def score(
     Args:
         hypotheses: one a sentence.
         references: one list a translator, each parallel to the hypotheses.
-        target_language: code, for the Moses tokeniser.
+        target_language: code, for the tokenisers.
+
+    Raises:
+        UserError: as ``bleu_metric``.
     """
     return Scores(
-        bleu=_sacrebleu(BLEU(), hypotheses, references),
+        bleu=_sacrebleu(bleu_metric(target_language), hypotheses, references),
         chrf=_sacrebleu(CHRF(), hypotheses, references),
         ter=_sacrebleu(TER(), hypotheses, references),
         paper_bleu=paper_bleu(hypotheses, references, target_language=target_language),
     )
+
+
+def bleu_metric(target_language: str, **options: Any) -> BLEU:
+    """sacreBLEU's BLEU with the tokeniser that it prescribes for the language.
+
+    That is ``13a``, but for Chinese (``zh``), Japanese (``ja-mecab``) and Korean (``ko-mecab``),
+    whose sentences have no spaces or few.
+
+    Args:
+        target_language: code.
+        options: of ``sacrebleu.metrics.BLEU``.
+
+    Raises:
+        UserError: the tokeniser needs a package that is not installed.
+    """
+    try:
+        return BLEU(trg_lang=target_language, **options)
+    except RuntimeError:  # of sacreBLEU's tokenisers that want a dictionary
+        raise UserError(
+            f"BLEU of {target_language!r} needs sacreBLEU's tokeniser for it: "
+            f"pip install 'sacrebleu[{target_language}]'"
+        ) from None
 
 
 def _sacrebleu(
@@ -76,20 +104,25 @@ def paper_bleu(
     """The BLEU of Vaswani et al. 2017: tokenised, compounds split at hyphens, cased, unsmoothed.
 
     The steps are those of tensor2tensor's ``get_ende_bleu.sh``: Moses' replacement of Unicode
-    punctuation (of the hypotheses only), Moses' tokeniser, ``rich-text`` as
-    ``rich ##AT##-##AT## text``, and what ``multi-bleu.perl`` computes. Splitting compounds makes
-    more and easier n-grams: the number is higher than sacreBLEU's and is not comparable with it.
+    punctuation, Moses' tokeniser, ``rich-text`` as ``rich ##AT##-##AT## text``, and what
+    ``multi-bleu.perl`` computes. Splitting compounds makes more and easier n-grams: the number is
+    higher than sacreBLEU's and is not comparable with it.
+
+    The script replaces punctuation in the hypotheses only, as its references had plain punctuation
+    already. References as they are published have not: theirs is replaced as well.
     """
     normaliser = MosesPunctNormalizer()
-    replaced = [normaliser.replace_unicode_punct(line) for line in hypotheses]
+
+    def tokens(lines: Sequence[str]) -> list[str]:
+        return [
+            paper_tokens(normaliser.replace_unicode_punct(line), target_language) for line in lines
+        ]
+
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
-    found = metric.corpus_score(
-        [paper_tokens(line, target_language) for line in replaced],
-        [[paper_tokens(line, target_language) for line in stream] for stream in references],
-    )
+    found = metric.corpus_score(tokens(hypotheses), [tokens(stream) for stream in references])
     signature = (
-        f"nrefs:{len(references)}|case:mixed|tok:moses-{target_language}|split:hyphens|"
-        f"smooth:none|sacremoses:{sacremoses.__version__}"
+        f"nrefs:{len(references)}|case:mixed|tok:moses-{target_language}|punct:plain|"
+        f"split:hyphens|smooth:none|sacremoses:{sacremoses.__version__}"
     )
     return Score(float(found.score), signature, str(found))
 

@@ -16,7 +16,7 @@ def test_sentences_by_the_length_of_their_source() -> None:
     sources = ["a " * 9, "a " * 10, "a " * 19, "a " * 60, "a " * 200]
     hypotheses = ["b c d e f", "b c d e x", "b c d e f", "b c d e f", "x"]
     references = ["b c d e f"] * 5
-    found = breakdown.by_length(sources, hypotheses, [references])
+    found = breakdown.by_length(sources, hypotheses, [references], target_language="de")
     assert [(b.least, b.most, b.num_sentences) for b in found] == [
         (0, 9, 1),
         (10, 19, 2),
@@ -56,7 +56,9 @@ def test_a_word_is_not_matched_across_sentences() -> None:
 def test_the_worst_sentences() -> None:
     references = ["eins zwei drei vier", "Hund", "Katze Haus Baum"]
     hypotheses = ["eins zwei drei vier", "xyz", "Katze Haus"]
-    found = breakdown.worst(["s1", "s2", "s3"], hypotheses, [references], num=2)
+    found = breakdown.worst(
+        ["s1", "s2", "s3"], hypotheses, [references], target_language="de", num=2
+    )
     assert [(item.line, item.source) for item in found] == [(2, "s2"), (3, "s3")]
     assert found[0].chrf == 0.0
     assert found[1].chrf == pytest.approx(
@@ -69,3 +71,13 @@ def test_the_worst_sentences() -> None:
 )
 def test_bounds_as_text(bounds: tuple[int, int | None], text: str) -> None:
     assert breakdown.range_text(*bounds) == text
+
+
+def test_bleu_of_chinese_buckets_and_sentences_is_of_characters() -> None:
+    hypotheses, references = ["我们看到白色的狗。"], ["我们看到红色的狗。"]
+    expected = sacrebleu.corpus_bleu(hypotheses, [references], tokenize="zh").score
+    (bucket,) = breakdown.by_length(["a"], hypotheses, [references], target_language="zh")
+    (sentence,) = breakdown.worst(["a"], hypotheses, [references], target_language="zh")
+    assert bucket.bleu == pytest.approx(expected)
+    assert sentence.bleu == pytest.approx(expected)
+    assert expected > 30

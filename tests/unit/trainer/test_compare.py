@@ -48,6 +48,7 @@ def run(texts: dict[str, list[str]], *names: str):
     return compare(
         [(name, texts[name]) for name in names],
         [texts["reference"]],
+        target_language="de",
         bootstrap_samples=300,
         randomisation_trials=500,
     )
@@ -75,6 +76,7 @@ def test_a_system_is_no_better_than_itself(texts) -> None:
     found = compare(
         [("one", texts["good"]), ("other", texts["good"])],
         [texts["reference"]],
+        target_language="de",
         bootstrap_samples=100,
         randomisation_trials=100,
     )
@@ -92,3 +94,33 @@ def test_the_same_again_and_what_was_done_is_said(texts) -> None:
     assert "ar:500" in first.signatures["bleu"]
     assert "seed:12345" in first.signatures["bleu"]
     assert (first.bootstrap_samples, first.randomisation_trials) == (300, 500)
+
+
+@pytest.mark.parametrize(("num_different", "least"), [(1, 1.0), (3, 0.25), (5, 0.0625)])
+def test_a_few_sentences_that_differ_are_not_significant(texts, num_different, least) -> None:
+    # The true p of the randomisation test: of 2^k exchanges two differ as much, or more do.
+    better = [*texts["reference"][:num_different], *texts["bad"][num_different:]]
+    found = compare(
+        [("bad", texts["bad"]), ("better", better)],
+        [texts["reference"]],
+        target_language="de",
+        bootstrap_samples=100,
+        randomisation_trials=1000,
+    )
+    for row in found.rows:
+        if row.system == "better":
+            assert row.p_randomisation == pytest.approx(least, abs=0.05)
+            assert row.p_randomisation >= least
+
+
+def test_bleu_of_chinese_is_of_characters() -> None:
+    references = ["我们今天看到一只红色的狗。", "他明天会来这里吗?"]
+    found = compare(
+        [("one", references), ("other", ["我们今天看到一只白色的狗。", "他明天会去那里吗?"])],
+        [references],
+        target_language="zh",
+        bootstrap_samples=10,
+        randomisation_trials=10,
+    )
+    assert "tok:zh" in found.signatures["bleu"]
+    assert 0 < next(row.score for row in found.rows if row.system == "other") < 100

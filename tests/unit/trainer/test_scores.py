@@ -7,7 +7,8 @@ import math
 import pytest
 import sacrebleu
 
-from trainer.scores import paper_bleu, paper_tokens, score
+from data_shards.errors import UserError
+from trainer.scores import bleu_metric, paper_bleu, paper_tokens, score
 
 
 def test_compounds_are_split_at_hyphens_between_letters_only() -> None:
@@ -61,7 +62,7 @@ def test_splitting_compounds_makes_more_matches() -> None:
 
 
 def test_typographic_quotes_of_a_hypothesis_become_plain() -> None:
-    # The reference was always plain in the papers' files; „ is not in Moses' table.
+    # The reference was always plain in the papers' files.
     found = paper_bleu(["er sagt “ja” zu ihr"], [['er sagt "ja" zu ihr']], target_language="de")
     assert found.value == pytest.approx(100.0)
 
@@ -84,3 +85,26 @@ def test_several_references() -> None:
 
 def test_a_language_without_rules_of_its_own() -> None:
     assert paper_tokens("eins, zwei.", "target") == "eins , zwei ."
+
+
+def test_a_reference_as_published_is_its_own_best_translation() -> None:
+    lines = ["„Ja“, sagt er – und geht … „nein“ sagt “sie” zu ihm."]
+    ours = score(lines, [lines], target_language="de")
+    assert (ours.bleu.value, ours.paper_bleu.value) == pytest.approx((100.0, 100.0))
+    assert "punct:plain" in ours.paper_bleu.signature
+
+
+def test_chinese_is_cut_into_characters() -> None:
+    ours = score(["我们看到白色的狗。"], [["我们看到红色的狗。"]], target_language="zh")
+    assert "tok:zh" in ours.bleu.signature
+    assert ours.bleu.value > 30
+    german = score(["ein Hund"], [["ein Hund"]], target_language="de").bleu.signature
+    assert german.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
+
+
+@pytest.mark.parametrize("language", ["ja", "ko"])
+def test_a_missing_tokeniser_is_named(monkeypatch, language) -> None:
+    # As where the package is missing, wherever the tests run.
+    monkeypatch.setattr(f"sacrebleu.tokenizers.tokenizer_{language}_mecab.MeCab", None)
+    with pytest.raises(UserError, match=rf"pip install 'sacrebleu\[{language}\]'"):
+        bleu_metric(language)
