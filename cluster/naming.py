@@ -28,6 +28,7 @@ CHANGEABLE = frozenset(
         "data.root", "data.dir", "data.mirror", "data.prefetch_steps", "data.cache_dir",
         "trainer.max_steps", "trainer.max_minutes", "trainer.patience", "trainer.log_every",
         "trainer.validate_every", "trainer.checkpoint_every", "trainer.keep_checkpoints",
+        "trainer.bleu_every", "trainer.best_by", "trainer.ema_decay",
         "trainer.threads", "trainer.metrics_host", "trainer.metrics_port", "trainer.zero_stage",
         "recovery.storage", "recovery.staging", "recovery.save_attempts", "recovery.save_backoff_s",
         "recovery.max_failures", "recovery.hang_timeout_s", "recovery.grace_s",

@@ -211,9 +211,17 @@ class Checkpoints:
         Raises:
             StorageError: ``best.json`` cannot be read.
         """
+        return self.best_note().get("step")
+
+    def best_note(self) -> dict[str, Any]:
+        """All of ``best.json``: what the best checkpoint is the best by; empty before the first.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
         return self._noted(BEST)
 
-    def set_best(self, step: int, **measures: float | None) -> None:
+    def set_best(self, step: int, **measures: float | str | None) -> None:
         """Note which checkpoint is the best, and by what, where readers look for it."""
         content = json.dumps({"step": step, **measures})
         self.storage.write(BEST, f"{content}\n".encode())
@@ -298,9 +306,10 @@ class Checkpoints:
         """
         steps = self.committed()
         kept = {*steps[-keep:], best}
-        for file in (BEST, _PINNED):
+        # In this order: one that turns out to be the best is noted before it is no longer pinned.
+        for file in (_PINNED, BEST):
             try:
-                kept.add(self._noted(file))
+                kept.add(self._noted(file).get("step"))
             except StorageError as error:
                 log.warning("%s", error)
         if kept.issuperset(steps):
@@ -316,12 +325,13 @@ class Checkpoints:
             if step not in kept and step != trusted:
                 self.drop(step)
 
-    def _noted(self, file: str) -> int | None:
-        """The step that a file beside the checkpoints names."""
+    def _noted(self, file: str) -> dict[str, Any]:
+        """What a file beside the checkpoints says of a ``step``; empty if it is not there."""
         try:
-            return int(json.loads(self.storage.read(file))["step"])
+            note: dict[str, Any] = json.loads(self.storage.read(file))
+            return {**note, "step": int(note["step"])}
         except MissingError:
-            return None
+            return {}
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{self.storage.where(file)} cannot be read ({error}): remove it"

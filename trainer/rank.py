@@ -92,6 +92,8 @@ class Rank:
             self._agree(self._check_fresh)
             return None
         self.state = self.load(step)
+        if self.config.trainer.best_by == "bleu":
+            self.state.best_step = None  # the best by loss, of before that was changed
         return passed_over
 
     def find_trusted(self, before: int | None = None) -> tuple[int | None, dict[int, list[str]]]:

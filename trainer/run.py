@@ -4,7 +4,7 @@ Layout:
 
     config.json                      the resolved configuration
     events.jsonl                     one JSON object a line: logged steps and events
-    best.json                        {"step", "valid_nll" or "bleu"}: the best validation so far
+    best.json                        {"step", "valid_nll" or "bleu"}: the best so far
     checkpoints/step-00001000/       model.safetensors, state.json, manifest.json, COMMIT, ...
     evaluation/<test set>-<checkpoint>.json
     report.html

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -14,6 +15,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from data_shards.errors import UserError
+from trainer.config import EvaluationConfig
 from trainer.run import load_model
 from trainer.storage import write_atomically
 from trainer.translate import Translator
@@ -38,7 +40,7 @@ def score_checkpoint(run_dir: Path, step: int, *, threads: int) -> dict[str, Any
         raise UserError("the corpus has no validation set: set trainer.bleu_every to null")
     found = Translator([loaded], loaded.config.evaluation).translate(sources)
     hypotheses = [translations[0].text for translations in found]
-    bleu, chrf = BLEU(), CHRF()
+    bleu, chrf = BLEU(trg_lang=loaded.manifest.data.target_language), CHRF()
     return {
         "test_set": "valid",
         "checkpoint": str(step),
@@ -48,6 +50,12 @@ def score_checkpoint(run_dir: Path, step: int, *, threads: int) -> dict[str, Any
         "signature": str(bleu.get_signature()),
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+def search_digest(evaluation: EvaluationConfig) -> str:
+    """What scores must share to be compared: how their translations were searched."""
+    settings = evaluation.model_dump(mode="json", exclude={"batch_tokens"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def write_latest(run_dir: Path, values: dict[str, Any]) -> None:
@@ -80,20 +88,26 @@ class BleuHistory:
     stale: int = 0
 
     @classmethod
-    def of(cls, events: Iterable[dict[str, Any]]) -> BleuHistory:
-        """Of what a run has logged (``read_events``).
+    def of(cls, events: Iterable[dict[str, Any]], *, search: str) -> BleuHistory:
+        """Of what a run has logged (``read_events``), as far as it was searched alike.
 
-        Evaluations by hand, perhaps with another search, do not say ``best``.
+        Args:
+            search: ``search_digest`` of now. Evaluations by hand do not give one.
         """
         scored = {
             event["step"]: event["bleu"]
             for event in events
-            if event["event"] == "evaluated" and "best" in event
+            if event["event"] == "evaluated" and event.get("search") == search
         }
         history = cls()
         for step in sorted(scored):
             history.add(step, scored[step])
         return history
+
+    def recall(self, note: dict[str, Any], *, search: str) -> None:
+        """Take in what ``best.json`` says: all there is, where a run goes on elsewhere."""
+        if note.get("search") == search and note["bleu"] > self.best_bleu:
+            self.best_step, self.best_bleu, self.stale = note["step"], note["bleu"], 0
 
     def add(self, step: int, bleu: float) -> bool:
         """Take a score in; whether it is the best so far."""

@@ -221,7 +221,7 @@ def test_bleu_is_computed_beside_the_training_decides_the_best_and_stops_it(
     assert {event["test_set"] for event in scored} == {"valid"}
     run_dir = workplace.folder / "runs" / "flat"
     best = json.loads((run_dir / "best.json").read_text())
-    assert best == {"step": scored[0]["step"], "bleu": scored[0]["bleu"]}
+    assert best == {name: scored[0][name] for name in ("step", "bleu", "search")}
     # The best one stays, though only the newest is kept besides.
     last = max(event["step"] for event in workplace.events("flat", "checkpoint"))
     steps = sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
