@@ -36,15 +36,16 @@ from cluster.serve_limits import (
     split_lines,
 )
 
-# Paths that cost work or tell something: the token and the rate hold for these.
-_GUARDED = frozenset({"/translate", "/info"})
-
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/attention.js": ("attention.js", "text/javascript; charset=utf-8"),
 }
+
+# What needs neither token nor allowance. Everything else does, for the router takes more spellings
+# of a path than one.
+_OPEN = frozenset({*_PAGE, "/healthz", "/openapi.json"})
 
 _SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -221,7 +222,7 @@ class Gate:
             return error(
                 503, "the server is ending: ask again when it is back", {"retry-after": "5"}
             )
-        if path not in _GUARDED:
+        if path in _OPEN:
             return None
         if self._buckets and (wait_s := self._buckets.take(client_of(client), time.monotonic())):
             return error(

@@ -194,6 +194,15 @@ def test_the_token() -> None:
     assert server.ask("/healthz", method="GET").json == {"status": "ok"}
 
 
+@pytest.mark.parametrize(
+    ("path", "method"), [("/translate\n", "POST"), ("/info\n", "GET"), ("/nix", "GET")]
+)
+def test_no_spelling_of_a_path_gets_round_token_and_rate(path: str, method: str) -> None:
+    server = Server(rate=2, token=digest("geheim"))
+    asked = [server.ask(path, {"text": "a"}, method=method) for _ in range(3)]
+    assert [reply.status for reply in asked] == [401, 401, 429]
+
+
 def test_the_rate_is_each_clients_own() -> None:
     server = Server(rate=2)
     asked = [server.ask(body={"text": "a"}) for _ in range(3)]
