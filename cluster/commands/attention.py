@@ -13,8 +13,12 @@ from data_shards.errors import UserError
 if TYPE_CHECKING:
     from trainer.attention import Kind
 
+    _ParamType = click.ParamType[int | str]
+else:
+    _ParamType = click.ParamType  # generic for type checkers only, in older versions of click
 
-class _NumberOr(click.ParamType[int | str]):
+
+class _NumberOr(_ParamType):
     """A number from 1, or one of some words."""
 
     def __init__(self, *words: str) -> None:

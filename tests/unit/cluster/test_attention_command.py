@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
+import cluster.cli
 from cluster.cli import cli
 from tests.runs import make_run
 
@@ -22,6 +25,14 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 def attention(run_dir: Path, *arguments: str) -> Result:
     return CliRunner().invoke(cli, ["attention", str(run_dir), *arguments])
+
+
+def test_it_loads_where_clicks_types_are_not_generic(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = type("ParamType", (click.ParamType,), {"__class_getitem__": None})
+    monkeypatch.setattr(click, "ParamType", plain)
+    file = Path(cluster.cli.__file__).parent / "commands" / "attention.py"
+    command = runpy.run_path(str(file))["attention"]
+    assert [parameter.name for parameter in command.params][:2] == ["run", "sentence"]
 
 
 def test_an_image_in_the_runs_folder(run_dir: Path) -> None:
