@@ -34,6 +34,9 @@ ALLOCATOR = {
 
 _PACKAGES = ("torch", "numpy", "deepspeed", "ray", "webdataset")
 
+# Enough for a model that ends its sentences.
+_QUICK_STEPS = 400
+
 
 def default_corpora() -> Path:
     """Where raw corpora are looked for, as the tests do."""
@@ -48,6 +51,20 @@ def corpus_config(corpora: Path, root: Path, **values: Any) -> DataConfig:
     else:
         values = {**values, "corpus": "embedded", "vocabulary_size": 512}
     return DataConfig(root=root, **values)
+
+
+def train_quickly(corpora: Path, folder: Path) -> Path:
+    """A model that ends its sentences, though it translates badly; minutes."""
+    data = corpus_config(corpora, folder / "data", max_length=128, vocabulary_size=6000)
+    values = {name: getattr(data, name) for name in ("corpus", "mirror", "root", "vocabulary_size")}
+    settings = [f"data.{name}={value}" for name, value in values.items() if value is not None]
+    settings += [f"trainer.max_steps={_QUICK_STEPS}", "trainer.max_minutes=null"]
+    command = [sys.executable, "-m", "cluster.cli", "train", "--name", "quick"]
+    command += ["--config", str(ROOT / "configs" / "multi30k.yaml"), "--runs", str(folder / "runs")]
+    for setting in settings:
+        command += ["--set", setting]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return folder / "runs" / "quick"
 
 
 def machine() -> dict[str, object]:

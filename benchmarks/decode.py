@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,15 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 from common import (
     RESULTS,
-    ROOT,
     Meter,
     Worker,
-    corpus_config,
     default_corpora,
     machine,
     rates,
     ratios,
     take_turns,
+    train_quickly,
     write_result,
 )
 
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from trainer.run import LoadedModel
 
 GOALS = {"CTranslate2 fp32": 0.5, "generate": 2.0}
-QUICK_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -262,20 +259,6 @@ def work(kind: str, folder: Path) -> None:
 # The comparison.
 
 
-def train_quickly(arguments: argparse.Namespace, folder: Path) -> Path:
-    """A model that ends its sentences, though it translates badly; minutes."""
-    data = corpus_config(arguments.corpora, folder / "data", max_length=128, vocabulary_size=6000)
-    values = {name: getattr(data, name) for name in ("corpus", "mirror", "root", "vocabulary_size")}
-    settings = [f"data.{name}={value}" for name, value in values.items() if value is not None]
-    settings += [f"trainer.max_steps={QUICK_STEPS}", "trainer.max_minutes=null"]
-    command = [sys.executable, "-m", "cluster.cli", "train", "--name", "quick"]
-    command += ["--config", str(ROOT / "configs" / "multi30k.yaml"), "--runs", str(folder / "runs")]
-    for setting in settings:
-        command += ["--set", setting]
-    subprocess.run(command, check=True, cwd=ROOT)
-    return folder / "runs" / "quick"
-
-
 def contestants(
     run: Path, checkpoint: str, source: list[str], folder: Path, exports: dict[str, Path]
 ) -> list[Worker]:
@@ -393,7 +376,7 @@ def main() -> None:
     before |= {name: importlib.metadata.version(name) for name in ("ctranslate2", "transformers")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run = arguments.run or train_quickly(arguments, folder)
+        run = arguments.run or train_quickly(arguments.corpora, folder)
         checkpoint = arguments.checkpoint if arguments.run else "last"
         result = measure(run, checkpoint, arguments.rounds, folder)
     result["is_quickly_trained"] = arguments.run is None

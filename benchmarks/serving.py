@@ -2,23 +2,23 @@
 
 Two servers of the same run, one with batching and one whose every batch is a single request
 (``evaluation.batch_tokens=1``), stand side by side. In turns of a minute, 50 clients ask one of
-them for one sentence after the other: real sentences, Multi30k's test set, a connection a client.
+them for one sentence after the other: those of the run's own test set, a connection a client.
 Any answer but 200 is an error, and there may be none. CPU time is that of all the server's
 processes, Ray's included; the clients run in this process and compete for the same cores.
 
-    python benchmarks/serving.py --run m30 --checkpoint last
+    python benchmarks/serving.py --run runs/m30   # by default a run trained for a few minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import gzip
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,7 +28,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
-from common import RESULTS, ROOT, default_corpora, machine, write_result
+from common import RESULTS, ROOT, default_corpora, machine, train_quickly, write_result
+
+from data_shards.manifest import Manifest
+from trainer.run import read_config
 
 _START_S = 300
 _PERCENTILES = (50, 95, 99)
@@ -43,15 +46,15 @@ class Server:
     turns: list[dict[str, Any]] = field(default_factory=list)
     translations: dict[str, str] = field(default_factory=dict)
 
-    def start(self, arguments: argparse.Namespace) -> None:
+    def start(self, run: Path, checkpoint: str) -> None:
         """Start it and wait until it serves."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/"
         command = [
-            sys.executable, "-m", "cluster.cli", "serve", arguments.run, "--runs", arguments.runs,
-            "--checkpoint", arguments.checkpoint, "--port", str(port),
+            sys.executable, "-m", "cluster.cli", "serve", str(run), "--checkpoint", checkpoint,
+            "--port", str(port),
             *(part for setting in self.settings for part in ("--set", setting)),
         ]  # fmt: skip
         self.process = subprocess.Popen(
@@ -170,32 +173,31 @@ def summary(server: Server) -> dict[str, Any]:
     }
 
 
-def read_sentences(source: Path) -> list[str]:
-    """The lines of a text, plain or gzipped, that are not empty."""
-    raw = source.read_bytes()
-    text = (gzip.decompress(raw) if source.suffix == ".gz" else raw).decode()
-    return [line for line in text.split("\n") if line]
-
-
 def main() -> None:
     """Measure, print a table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="m30")
-    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--run", type=Path, help="by default one trained for a few minutes")
     parser.add_argument("--checkpoint", default="last")
-    parser.add_argument("--source", type=Path, help="sentences; by default Multi30k's test set")
+    parser.add_argument("--corpora", type=Path, default=default_corpora())
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.json")
     arguments = parser.parse_args()
-    source = arguments.source or default_corpora() / "multi30k" / "test_2016_flickr.en.gz"
-    sentences = read_sentences(source)
+    with tempfile.TemporaryDirectory() as folder:
+        run = arguments.run or train_quickly(arguments.corpora, Path(folder))
+        measure(run.resolve(), arguments)
+
+
+def measure(run: Path, arguments: argparse.Namespace) -> None:
+    """Both servers in turns."""
+    corpus = Manifest.load(read_config(run).data.folder())
+    sentences = [line for line in corpus.split_text("test")[0] if line]
     before = machine()
     servers = [Server("batching", ()), Server("one at a time", ("evaluation.batch_tokens=1",))]
     try:
         for server in servers:
-            server.start(arguments)
+            server.start(run, arguments.checkpoint)
             asyncio.run(turn(server, sentences, arguments.clients, 3))  # warm-up
             server.turns.clear()
         for number in range(arguments.rounds):
@@ -223,12 +225,13 @@ def main() -> None:
         arguments.output,
         before,
         {
-            "run": arguments.run,
+            "run": run.name,
+            "is_quickly_trained": arguments.run is None,
             "checkpoint": arguments.checkpoint,
             "clients": arguments.clients,
             "seconds": arguments.seconds,
             "sentences": len(sentences),
-            "source": source.name,
+            "corpus": corpus.data.corpus,
             "translated_otherwise": {"sentences": len(both), "different": different},
             "servers": results,
         },
