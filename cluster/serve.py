@@ -240,6 +240,7 @@ def _deployments(
         ray_actor_options={"num_cpus": 0},
         # More than the model takes, so that whoever is turned away hears it from the front.
         max_ongoing_requests=2 * (_ONGOING * most + _QUEUED),
+        max_queued_requests=_QUEUED,
         **ending,
     )
     return model, front

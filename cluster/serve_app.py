@@ -11,9 +11,11 @@ Every error is {"error": message} with the status that fits.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol
@@ -58,8 +60,11 @@ _SECURITY_HEADERS = {
     "cache-control": "no-store",
 }
 
-# A request that is too long is read to its end, so that its sender hears why it was refused; but
-# not for ever.
+# A request may take so long to arrive.
+_READ_S = 10.0
+
+# One that is refused is read to its end, so that its sender hears why; but not for ever.
+_DRAIN_S = 5.0
 _DRAINED_BYTES = 16 * 1024**2
 
 _MANY_LINES = 3
@@ -262,16 +267,16 @@ class _Gated:
         client = (scope.get("client") or ("",))[0]
         refusal = gate.refusal(_path(scope), Headers(scope=scope), client)
         if refusal is not None:
-            await _drain(receive)
+            await _drain(receive, refusal)
             await refusal(scope, receive, send_headers)
             return
         gate.num_inside += 1
         try:
-            body = await _read(receive, gate.limits.max_bytes)
-            if body is None:
-                await error(413, _too_long(gate.limits))(scope, receive, send_headers)
-                return
-            await self._app(scope, _replay(body, receive), send_headers)
+            body = await _read(receive, gate.limits)
+            if isinstance(body, bytes):
+                await self._app(scope, _replay(body, receive), send_headers)
+            else:
+                await body(scope, receive, send_headers)
         finally:
             gate.num_inside -= 1
 
@@ -286,31 +291,45 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The request's body; None if it is longer than the limit or its sender is gone."""
+async def _read(receive: Receive, limits: Limits) -> bytes | Response:
+    """The request's body, or the answer to one that is too long, too slow or broken off."""
     parts: list[bytes] = []
     length = 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        length += len(message.get("body", b""))
-        parts.append(message.get("body", b""))
-        if length > limit:
-            if message.get("more_body"):
-                await _drain(receive)
-            return None
-        if not message.get("more_body"):
-            return b"".join(parts)
+    try:
+        async with asyncio.timeout(_READ_S):
+            while length <= limits.max_bytes:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return error(400, "the request broke off")
+                parts.append(message.get("body", b""))
+                length += len(parts[-1])
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        return error(
+            408,
+            f"the request did not arrive within {_READ_S:g} s: send it again",
+            {"connection": "close"},
+        )
+    if length <= limits.max_bytes:
+        return b"".join(parts)
+    refusal = error(413, _too_long(limits))
+    if message.get("more_body"):
+        await _drain(receive, refusal)
+    return refusal
 
 
-async def _drain(receive: Receive) -> None:
+async def _drain(receive: Receive, refusal: Response) -> None:
+    """Read a refused request to its end, or let the refusal end the connection."""
     length = 0
-    while length < _DRAINED_BYTES:
-        message = await receive()
-        length += len(message.get("body", b""))
-        if not message.get("more_body"):
-            return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while length < _DRAINED_BYTES:
+                message = await receive()
+                length += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
+    refusal.headers["connection"] = "close"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -412,4 +431,5 @@ async def _busy(request: Request, raised: Exception) -> Response:
 
 
 async def _failed(request: Request, raised: Exception) -> Response:
-    return error(500, "the translation failed; the server's log says why")
+    # Sent from outside the middleware that adds them to the others.
+    return error(500, "the translation failed; the server's log says why", _SECURITY_HEADERS)

@@ -68,26 +68,38 @@ class Server:
         *,
         method: str = "POST",
         client: str = "10.0.0.1",
+        is_stuck: bool = False,
         **headers: str,
     ) -> Reply:
+        """The answer; a stuck request's second half never arrives."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         sent = {"host": "127.0.0.1:8000", "content-type": "application/json", **given}
-        return asyncio.run(request(self.app, method, path, raw, client, sent))
+        return asyncio.run(request(self.app, method, path, raw, client, sent, is_stuck))
 
 
 async def request(
-    app: Any, method: str, path: str, body: bytes, client: str, headers: dict[str, str]
+    app: Any,
+    method: str,
+    path: str,
+    body: bytes,
+    client: str,
+    headers: dict[str, str],
+    is_stuck: bool,
 ) -> Reply:
     half = len(body) // 2
     parts = [
         {"type": "http.request", "body": body[:half], "more_body": True},
         {"type": "http.request", "body": body[half:], "more_body": False},
     ]
+    if is_stuck:
+        parts.pop()
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
-        return parts.pop(0) if parts else {"type": "http.disconnect"}
+        if not parts:
+            await asyncio.Event().wait()  # a connection that is kept open
+        return parts.pop(0)
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -161,6 +173,28 @@ def test_one_form_for_every_error(body: bytes | object, status: int, part: str) 
     assert list(reply.json) == ["error"]
     assert part in reply.json["error"]
     assert "secret" not in reply.json["error"]
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        ({"text": "a"}, {"authorization": "Bearer geheim"}, 408),
+        ({"text": "a"}, {}, 401),
+        ({"text": "a" * 100_000}, {"authorization": "Bearer geheim"}, 413),
+    ],
+)
+def test_a_request_that_never_ends_is_not_waited_for(
+    body: object, headers: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("_READ_S", "_DRAIN_S"):
+        monkeypatch.setattr(f"cluster.serve_app.{limit}", 0.05)
+    server = Server(token=digest("geheim"))
+    reply = server.ask(body=body, is_stuck=True, **headers)
+    assert (reply.status, list(reply.json)) == (status, ["error"])
+    assert reply.headers["connection"] == "close"
+    assert "connection" not in server.ask(body={"text": "a"}).headers
+    assert server.gate.num_inside == 0
 
 
 def test_plain_text_is_not_taken_for_json() -> None:
