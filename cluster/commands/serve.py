@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from cluster.options import (
     search_option,
 )
 from data_shards.errors import UserError
+
+_TOKEN_VARIABLE = "BABELRAY_TOKEN"
 
 # Requests a minute of one client, where the network can reach the server.
 _RATE_ABROAD = 600
@@ -38,10 +41,9 @@ def _replicas(ctx: click.Context, param: click.Parameter, value: str) -> tuple[i
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option(
     "--token",
-    envvar="BABELRAY_TOKEN",
     metavar="TOKEN",
     help="What clients must show (Authorization: Bearer TOKEN). Other users of this machine can "
-    "read it here: rather give --token-file, or BABELRAY_TOKEN in the environment.",
+    f"read it here: rather give --token-file, or {_TOKEN_VARIABLE} in the environment.",
 )
 @click.option(
     "--token-file",
@@ -105,6 +107,8 @@ def serve(
     evaluation = evaluation_settings(run_dir, settings)
     if token_file is not None:
         token = _read_token(token_file)
+    elif token is None:
+        token = os.environ.get(_TOKEN_VARIABLE)  # click takes an empty one for none
     _check_token(token)
     from cluster.serve import ServeOptions
     from cluster.serve import serve as serve_run

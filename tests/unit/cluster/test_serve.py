@@ -97,6 +97,13 @@ def test_refused(runs: Path, asked: list[Any], arguments: list[str], part: str) 
     assert asked == []
 
 
+def test_an_empty_token_in_the_environment_is_not_none(runs: Path, asked: list[Any]) -> None:
+    done = serve(runs, BABELRAY_TOKEN="")
+    assert done.exit_code == 2
+    assert "openssl rand" in done.output
+    assert asked == []
+
+
 def test_a_port_in_use_names_the_option() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
