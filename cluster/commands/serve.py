@@ -17,7 +17,7 @@ from cluster.options import (
 )
 from data_shards.errors import UserError
 
-_TOKEN_VARIABLE = "BABELRAY_TOKEN"
+_VARIABLE = "BABELRAY_TOKEN"
 
 # Requests a minute of one client, where the network can reach the server.
 _RATE_ABROAD = 600
@@ -43,7 +43,7 @@ def _replicas(ctx: click.Context, param: click.Parameter, value: str) -> tuple[i
     "--token",
     metavar="TOKEN",
     help="What clients must show (Authorization: Bearer TOKEN). Other users of this machine can "
-    f"read it here: rather give --token-file, or {_TOKEN_VARIABLE} in the environment.",
+    f"read it here: rather give --token-file, or {_VARIABLE} in the environment.",
 )
 @click.option(
     "--token-file",
@@ -108,7 +108,7 @@ def serve(
     if token_file is not None:
         token = _read_token(token_file)
     elif token is None:
-        token = os.environ.get(_TOKEN_VARIABLE)  # click takes an empty one for none
+        token = os.environ.get(_VARIABLE)  # click takes an empty one for none
     _check_token(token)
     from cluster.serve import ServeOptions
     from cluster.serve import serve as serve_run
