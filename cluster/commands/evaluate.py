@@ -167,11 +167,15 @@ def evaluate(
     try:
         from trainer.decoding_job import System
         from trainer.evaluate import evaluate_systems, find_test_sets
+        from trainer.run import choose_checkpoints, open_checkpoints
 
+        chosen = checkpoints or ("best",)
+        for checkpoint in chosen:  # what is not there is told before anything else is looked for
+            choose_checkpoints(open_checkpoints(run_dir), checkpoint)
         found = evaluate_systems(
             [
                 System(run_dir, checkpoint, evaluation, ensemble, runs.absolute())
-                for checkpoint in checkpoints or ("best",)
+                for checkpoint in chosen
             ],
             find_test_sets(
                 run_dir, test_sets or ("test",), source=source, reference=reference, mirror=mirror
