@@ -188,12 +188,12 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
         draft.mkdir(parents=True)
         yield draft
         _check_output(output, overwrite)  # it may have come in the meantime
-        if output.exists():
-            output.rename(old)
         try:
+            if output.exists():
+                output.rename(old)
             draft.rename(output)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and draft.exists():
                 old.rename(output)
             raise
     except OSError as error:
@@ -202,8 +202,9 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[Path]:
             "and the permissions there, or choose another --output"
         ) from error
     finally:
+        if not draft.exists():  # it is in its place
+            shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_weights(loaded: LoadedModel, file: Path) -> None:

@@ -40,8 +40,8 @@ def require() -> Any:
         return importlib.import_module("ctranslate2")
     except ModuleNotFoundError:
         raise UserError(
-            "CTranslate2 is not installed: pip install 'babelray[ctranslate2]', or give "
-            "--format safetensors"
+            "CTranslate2 is not installed: pip install '.[ctranslate2]' in babelray's checkout, "
+            "or give --format safetensors"
         ) from None
 
 

@@ -17,13 +17,13 @@ def readme(card: Mapping[str, Any], config: RunConfig) -> str:
         config: the run's settings.
     """
     program, install = (
-        (_ctranslate2(config), "pip install ctranslate2 sentencepiece")
+        (_ctranslate2(config), "`pip install ctranslate2 sentencepiece`")
         if card["format"] == "ctranslate2"
-        else (_SAFETENSORS, "pip install babelray")
+        else (_SAFETENSORS, "`pip install .` in babelray's checkout")
     )
     parts = [
         f"# {card['run']}: {card['source_language']} to {card['target_language']}",
-        f"In this folder, after `{install}`:",
+        f"In this folder, after {install}:",
         f"```python\n{program}\n```",
         "Sentences are expected as written, not tokenised; accents composed (Unicode NFC).",
         _table(card, config),

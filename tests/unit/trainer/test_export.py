@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -172,7 +173,7 @@ class TestCTranslate2:
 
     def test_without_the_package_the_mend_is_told(self, run_dir, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "ctranslate2", None)
-        with pytest.raises(UserError, match=r"pip install 'babelray\[ctranslate2\]'"):
+        with pytest.raises(UserError, match=r"pip install '\.\[ctranslate2\]'"):
             export(run_dir, tmp_path / "out", format="ctranslate2")
         assert not (tmp_path / "out").exists()
         export(run_dir, tmp_path / "out", format="safetensors")
@@ -220,7 +221,9 @@ class TestFolder:
     def test_the_documentation_shows_the_same_lines(self, run_dir, tmp_path, format):
         export(run_dir, tmp_path / "out", format=format)
         documentation = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
-        assert f"```python\n{program_of(tmp_path / 'out')}\n```" in documentation
+        shown = re.findall(r"```python\n(.*?)\n```", documentation, re.DOTALL)
+        program = ast.dump(ast.parse(program_of(tmp_path / "out")))
+        assert program in [ast.dump(ast.parse(block)) for block in shown]
 
     def test_it_tells_what_it_is_and_no_place_of_this_machine(self, run_dir, tmp_path):
         evaluations = run_dir / "evaluation"
@@ -299,4 +302,30 @@ class TestFolder:
             with pytest.raises(expected, match=r"No space left|^$"):
                 export(run_dir, folder, format="ctranslate2", overwrite=True)
         assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("moved", ["out", "draft"])
+    @pytest.mark.parametrize("is_done", [False, True])
+    def test_an_export_is_there_wherever_replacing_it_breaks_off(
+        self, run_dir, tmp_path, monkeypatch, error, moved, is_done
+    ):
+        output = tmp_path / "out"
+        export(run_dir, output, format="safetensors")
+        rename = Path.rename
+
+        def fail(path, target):
+            if path.name == "out" if moved == "out" else path.suffix == ".partial":
+                if is_done:
+                    rename(path, target)
+                raise error
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        expected = UserError if isinstance(error, OSError) else KeyboardInterrupt
+        with pytest.raises(expected):
+            export(run_dir, output, format="ctranslate2", overwrite=True)
+        is_replaced = (moved, is_done) == ("draft", True)
+        assert (output / "model.bin").exists() is is_replaced
+        assert (output / "model.safetensors").exists() is not is_replaced
         assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
