@@ -222,9 +222,10 @@ def test_bleu_is_computed_beside_the_training_decides_the_best_and_stops_it(
     run_dir = workplace.folder / "runs" / "flat"
     best = json.loads((run_dir / "best.json").read_text())
     assert best == {name: scored[0][name] for name in ("step", "bleu", "search")}
-    # The best one stays, though only the newest is kept besides.
+    # The best one stays, though only the newest is kept besides, and what was then being scored.
     last = max(event["step"] for event in workplace.events("flat", "checkpoint"))
-    steps = sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
-    assert steps == [scored[0]["step"], last]
+    steps = {int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*")}
+    assert {scored[0]["step"], last} <= steps <= {event["step"] for event in scored}
+    assert len(steps) <= 3
     assert scored[-1]["step"] == last, "the last checkpoint is scored after the training"
     assert not (run_dir / "early_stop").exists()
