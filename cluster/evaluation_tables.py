@@ -61,11 +61,29 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     return "\n".join(
         [
             *right_aligned([head, *rows]),
+            *_different_searches(comparison.get("systems", [])),
             f"differences are to {comparison['baseline']}; paired bootstrap with "
             f"{comparison['bootstrap_samples']:,} samples, approximate randomisation (AR) with "
             f"{comparison['randomisation_trials']:,} trials; a p below 0.05 is the usual threshold",
         ]
     )
+
+
+def _different_searches(systems: Sequence[dict[str, Any]]) -> list[str]:
+    """A line where not all were searched alike; results of earlier versions do not say."""
+    settings = [system["settings"] for system in systems]
+    names = [
+        name
+        for name in (settings[0] if settings else {})
+        if name != "batch_tokens" and any(own.get(name) != settings[0][name] for own in settings)
+    ]
+    if not names:
+        return []
+    shown = (
+        f"{system['system']} {', '.join(f'{name}={own.get(name)}' for name in names)}"
+        for system, own in zip(systems, settings, strict=True)
+    )
+    return [f"searched with different settings: {'; '.join(shown)}"]
 
 
 def comparison_signatures(comparisons: Iterable[dict[str, Any]]) -> str:

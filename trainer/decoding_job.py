@@ -7,6 +7,7 @@ how often they were interrupted.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import time
@@ -17,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from data_shards.errors import RunFailedError
+from data_shards.errors import RunFailedError, UserError
 from data_shards.manifest import Manifest, file_sha256
 from trainer.config import EvaluationConfig
 from trainer.ensemble import load_ensemble
-from trainer.partial import PartialResult
+from trainer.partial import PartialResult, others, partial_file
 from trainer.run import LoadedModel
 from trainer.test_sets import TestSet
 from trainer.translate import Translator
@@ -102,13 +103,17 @@ class Translated:
     """A test set as a system translated it.
 
     Attributes:
+        number: of the system, from 0.
+        name: of the system among others: its prefix and label, fit for a file name.
         label: the checkpoint (and what was ensembled with it), fit for a file name.
         steps: of the checkpoints whose mean the first member is.
         digest: of all that decides the hypotheses.
         seconds: spent decoding, added up over all that decoded.
-        partial: the file that holds the hypotheses until the result is written.
+        partial: holds the hypotheses until the result is written.
     """
 
+    number: int
+    name: str
     system: System
     test_set: TestSet
     manifest: Manifest
@@ -118,7 +123,7 @@ class Translated:
     digest: str
     hypotheses: list[str]
     seconds: float
-    partial: Path
+    partial: PartialResult
 
 
 class BatchDecoder:
@@ -189,8 +194,10 @@ def translate_all(
     *,
     decode: Decoder,
     say: Say,
-) -> list[Translated]:
+) -> Generator[Translated, None, None]:
     """Translate every test set with every system; what an earlier attempt finished is kept.
+
+    No other process can have a partial result until the generator ends.
 
     Args:
         systems: each with a prefix for the names of its files, empty for the run's own.
@@ -199,11 +206,12 @@ def translate_all(
         decode: decodes the batches that are missing.
         say: takes lines for the person who watches.
 
-    Returns:
-        One for each system and test set, system by system.
+    Yields:
+        One for each system and test set as soon as it is whole, about system by system.
 
     Raises:
-        UserError: a system cannot be loaded; another process makes one of these evaluations.
+        UserError: a system cannot be loaded; another process makes one of these evaluations; they
+            are more than this process may have open files.
         RunFailedError: decoding failed.
     """
     jobs = [
@@ -212,9 +220,12 @@ def translate_all(
         for job in _jobs(number, system, test_sets, folder, prefix, say)
     ]
     with ExitStack() as stack:
-        partials = [stack.enter_context(PartialResult(job.partial, job.digest)) for job in jobs]
+        partials = _open_partials(jobs, stack)
         for job, partial in zip(jobs, partials, strict=True):
             _tell_found(job, partial, say)
+        for job, partial in zip(jobs, partials, strict=True):
+            if job.is_whole(partial):
+                yield job.translated(partial)
         missing = [
             Batch(job.number, index, number, indices, [job.test_set.sources[i] for i in indices])
             for index, (job, partial) in enumerate(zip(jobs, partials, strict=True))
@@ -225,8 +236,10 @@ def translate_all(
             sentences = sum(len(batch.lines) for batch in missing)
             say(f"translating {sentences:,} sentences in {len(missing):,} batches")
             pinned = {job.number: job.system for job in jobs}
-            _decode(decode, [pinned[number] for number in sorted(pinned)], missing, partials, say)
-        return [job.translated(partial) for job, partial in zip(jobs, partials, strict=True)]
+            systems_of = [pinned[number] for number in sorted(pinned)]
+            for index in _decode(decode, systems_of, missing, partials, say):
+                if jobs[index].is_whole(partials[index]):
+                    yield jobs[index].translated(partials[index])
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,7 @@ class _Job:
     """One test set for one system, ready to be decoded."""
 
     number: int  # the system's
+    name: str
     system: System
     test_set: TestSet
     manifest: Manifest
@@ -244,6 +258,9 @@ class _Job:
     batches: list[list[int]]
     partial: Path
 
+    def is_whole(self, partial: PartialResult) -> bool:
+        return len(partial.batches) == len(self.batches)
+
     def translated(self, partial: PartialResult) -> Translated:
         # A line without a single piece is in no batch: its translation is as empty.
         hypotheses = [""] * len(self.test_set.sources)
@@ -251,6 +268,8 @@ class _Job:
             for index, text in zip(indices, partial.batches[number], strict=True):
                 hypotheses[index] = text
         return Translated(
+            number=self.number,
+            name=self.name,
             system=self.system,
             test_set=self.test_set,
             manifest=self.manifest,
@@ -260,7 +279,7 @@ class _Job:
             digest=self.digest,
             hypotheses=hypotheses,
             seconds=partial.seconds,
-            partial=self.partial,
+            partial=partial,
         )
 
 
@@ -284,20 +303,25 @@ def _jobs(
     longest = min(member.config.model.max_positions for member in members) - 1
     for test_set in test_sets:
         _tell_cut(test_set, label, first, longest, say)
+    digests = [
+        hashlib.sha256(f"{identity} {test_set.sha256()}".encode()).hexdigest()
+        for test_set in test_sets
+    ]
     return [
         _Job(
             number=number,
+            name=f"{prefix}{label}",
             system=system,
             test_set=test_set,
             manifest=first.manifest,
             label=label,
             step=first.step,
             steps=first.steps,
-            digest=hashlib.sha256(f"{identity} {test_set.sha256()}".encode()).hexdigest(),
+            digest=digest,
             batches=translator.batches(test_set.sources),
-            partial=folder / f"{test_set.stem}-{prefix}{label}.partial.jsonl",
+            partial=partial_file(folder, f"{test_set.unique_stem}-{prefix}{label}", digest),
         )
-        for test_set in test_sets
+        for test_set, digest in zip(test_sets, digests, strict=True)
     ]
 
 
@@ -329,17 +353,29 @@ def _tell_cut(test_set: TestSet, label: str, loaded: LoadedModel, longest: int, 
         )
 
 
+def _open_partials(jobs: Sequence[_Job], stack: ExitStack) -> list[PartialResult]:
+    try:
+        return [stack.enter_context(PartialResult(job.partial, job.digest)) for job in jobs]
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise UserError(
+            f"{len(jobs)} evaluations in one go are more than this process may have open files: "
+            "give fewer checkpoints or test sets, or raise the limit (ulimit -n)"
+        ) from None
+
+
 def _tell_found(job: _Job, partial: PartialResult, say: Say) -> None:
     what = f"{job.test_set.name}, checkpoint {job.label}"
-    if partial.discarded:
-        say(
-            f"{what}: what an interrupted evaluation left is of another model, test set or "
-            "setting: it is not used"
-        )
-    elif partial.batches:
+    if partial.batches:
         say(
             f"{what}: going on after an interruption, {len(partial.batches)} of "
             f"{len(job.batches)} batches are there"
+        )
+    elif others(job.partial):
+        say(
+            f"{what}: what an interrupted evaluation left is of another model, test set or "
+            "setting: it is not used"
         )
 
 
@@ -349,7 +385,8 @@ def _decode(
     missing: Sequence[Batch],
     partials: Sequence[PartialResult],
     say: Say,
-) -> None:
+) -> Generator[int, None, None]:
+    """Decode and keep the batches that are missing; of each the index of its job."""
     num_sentences, done = sum(len(batch.lines) for batch in missing), 0
     last: float | None = None  # what decodes takes a while to start
     with closing(decode(systems, missing)) as results:
@@ -360,6 +397,7 @@ def _decode(
             if time.monotonic() - last >= _PROGRESS_S:
                 last = time.monotonic()
                 say(f"{done:,} of {num_sentences:,} sentences translated")
+            yield decoded.job
 
 
 @contextmanager

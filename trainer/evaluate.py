@@ -10,7 +10,8 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,22 @@ from pydantic import ValidationError
 from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from trainer import breakdown, evaluation_metrics
-from trainer.compare import Comparison, compare
 from trainer.config import EvaluationConfig
 from trainer.decoding_job import Decoder, Say, System, Translated, decode_here, translate_all
 from trainer.events import EventLog
 from trainer.frequency import training_words
+from trainer.partial import remove_others
 from trainer.run import evaluation_dir, events_path, read_config
 from trainer.scores import Scores, score
 from trainer.storage import write_atomically
-from trainer.test_sets import TestSet, open_test_sets, read_test_set
+from trainer.system_comparison import (
+    check_languages,
+    compare_systems,
+    each_once,
+    run_names,
+    with_compared,
+)
+from trainer.test_sets import TestSet, is_reserved, open_test_sets, read_test_set
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +196,9 @@ def evaluate_systems(
     """Translate every test set with every system and score it.
 
     Writes ``evaluation/<test set>-<checkpoint>.json`` and the hypotheses beside it into the folder
-    of the systems' run, each whole or not at all, and logs an ``evaluated`` event for each. Until
-    then what is translated lies in ``….partial.jsonl`` there, and a second call goes on with it.
+    of the systems' run, each whole or not at all, as soon as they are translated, and logs an
+    ``evaluated`` event for each. What is translated lies in ``….partial.jsonl`` there until all is
+    written, and a second call goes on with it.
 
     Args:
         systems: checkpoints of one run.
@@ -209,58 +218,64 @@ def evaluate_systems(
     """
     run_dir = systems[0].run_dir
     folder = evaluation_dir(run_dir)
-    _check_languages(systems[0], compared)
-    named = [(system, "") for system in systems]
-    named += [(system, f"{system.run_dir.name}@") for system in compared]
-    translated = translate_all(named, test_sets, folder, decode=decode, say=say)
-    num_own = len(systems) * len(test_sets)
-    evaluated = []
-    for own in translated[:num_own]:
-        others = [other for other in translated[num_own:] if other.test_set is own.test_set]
-        comparison = _compare(own, others) if others else None
-        evaluated.append(_evaluated(own, folder, comparison))
-    for other in translated[num_own:]:
-        _write_lines(_hypotheses_file(other.partial), other.hypotheses)
-    _write(run_dir, evaluated)
+    check_languages(systems[0], compared)
+    compared = each_once(compared)
+    names = run_names([systems[0], *compared])
+    # The compared ones first: then each of the others can be written when it is translated.
+    named = [(system, f"{names[system.run_dir.resolve()]}@") for system in compared]
+    named += [(system, "") for system in systems]
+    others: list[Translated] = []
+    waiting: list[Translated] = []
+    written: list[Translated] = []
+    found: dict[tuple[int, int], Evaluated] = {}
+    with closing(translate_all(named, test_sets, folder, decode=decode, say=say)) as translated:
+        for item in translated:
+            (others if item.number < len(compared) else waiting).append(item)
+            complete, waiting = with_compared(waiting, others, len(compared))
+            for own, beside in complete:
+                evaluated = _evaluated(own, folder, compare_systems(own, beside, names, say))
+                _write(run_dir, evaluated, say)
+                _write_compared(evaluated.result, beside)
+                written.append(own)
+                found[own.number, _index(test_sets, own.test_set)] = evaluated
+            if len(found) == len(systems) * len(test_sets):
+                # Not before: after an interruption all is needed again. Not later: by then another
+                # process may have it.
+                _remove(others + written)
+    return [found[key] for key in sorted(found)]
+
+
+def _remove(translated: Sequence[Translated]) -> None:
     for item in translated:
-        item.partial.unlink(missing_ok=True)
-    return evaluated
+        item.partial.remove()
+        remove_others(item.partial.file)
 
 
-def _check_languages(first: System, compared: Sequence[System]) -> None:
-    def languages(system: System) -> tuple[str, str]:
-        data = Manifest.load(read_config(system.run_dir).data.folder()).data
-        return data.source_language, data.target_language
+def _reported(own: Translated, folder: Path) -> TestSet:
+    """The test set under the name that it is reported by.
 
-    for other in compared:
-        if other.run_dir != first.run_dir and languages(other) != languages(first):
-            raise UserError(
-                f"{other.run_dir.name} translates {'-'.join(languages(other))} and "
-                f"{first.run_dir.name} {'-'.join(languages(first))}: they cannot be compared"
-            )
-
-
-def _compare(own: Translated, others: Sequence[Translated]) -> Comparison:
-    """Two systems of one name would be told apart by a number."""
-    named: dict[str, Sequence[str]] = {}
-    for item in (own, *others):
-        name = f"{item.system.run_dir.name} {item.label}"
-        unique, number = name, 2
-        while unique in named:
-            unique, number = f"{name} ({number})", number + 1
-        named[unique] = item.hypotheses
-    return compare(
-        list(named.items()),
-        own.test_set.reference_streams,
-        target_language=own.manifest.target_language,
-    )
+    A file of the user's may be named as a test set, or as another file whose result is there.
+    """
+    tested = own.test_set
+    if tested.files is None:
+        return tested
+    taken = is_reserved(tested.stem)
+    try:
+        earlier = Result.read(_result_file(folder, tested.stem, own.label))
+        taken |= (earlier.source, earlier.reference) != tuple(map(str, tested.files))
+    except (OSError, ValueError):
+        pass
+    return replace(tested, name=tested.unique_stem) if taken else tested
 
 
-def _evaluated(own: Translated, folder: Path, comparison: Comparison | None) -> Evaluated:
-    tested, evaluation = own.test_set, own.system.evaluation
+def _result_file(folder: Path, stem: str, label: str) -> Path:
+    return folder / f"{stem}-{label}.json"
+
+
+def _evaluated(own: Translated, folder: Path, comparison: dict[str, Any] | None) -> Evaluated:
+    tested, evaluation = _reported(own, folder), own.system.evaluation
     references = tested.reference_streams
     scores = score(own.hypotheses, references, target_language=own.manifest.target_language)
-    hypotheses = _hypotheses_file(own.partial)
     result = Result(
         test_set=tested.name,
         checkpoint=own.label,
@@ -274,17 +289,17 @@ def _evaluated(own: Translated, folder: Path, comparison: Comparison | None) -> 
         batch_tokens=evaluation.batch_tokens,
         seconds=round(own.seconds, 3),
         sentences_per_second=round(len(own.hypotheses) / max(own.seconds, 1e-9), 2),
-        hypotheses=hypotheses.name,
+        hypotheses=_hypotheses_name(tested.stem, own.label),
         source=str(tested.files[0]) if tested.files else None,
         reference=str(tested.files[1]) if tested.files else None,
         time=round(time.time(), 3),
-        file=folder / f"{tested.stem}-{own.label}.json",
+        file=_result_file(folder, tested.stem, own.label),
         run=own.system.run_dir.resolve().name,
         settings=evaluation.model_dump(mode="json"),
         ensemble=own.system.ensemble,
         digest=own.digest,
         **_breakdown(own),
-        comparison=comparison.to_json() if comparison else None,
+        comparison=comparison,
     )
     return Evaluated(result, tested, own.hypotheses)
 
@@ -325,35 +340,62 @@ def _breakdown(own: Translated) -> dict[str, Any]:
     }
 
 
-def _hypotheses_file(partial_file: Path) -> Path:
-    return partial_file.with_name(
-        partial_file.name.removesuffix(".partial.jsonl") + ".hypotheses.txt"
-    )
+def _hypotheses_name(stem: str, name: str) -> str:
+    return f"{stem}-{name}.hypotheses.txt"
+
+
+def _index(test_sets: Sequence[TestSet], test_set: TestSet) -> int:
+    return next(number for number, other in enumerate(test_sets) if other is test_set)
 
 
 def _write_lines(file: Path, lines: Sequence[str]) -> None:
     write_atomically(file, "".join(f"{line}\n" for line in lines))
 
 
-def _write(run_dir: Path, evaluated: Sequence[Evaluated]) -> None:
+def _write_compared(result: Result, others: Sequence[Translated]) -> None:
+    """Translations of the systems that a result is compared with, beside it."""
+    stem = result.test_set.replace("/", "-")
+    for other in others:
+        file = result.file.with_name(_hypotheses_name(stem, other.name))
+        _write_lines(file, other.hypotheses)
+
+
+def _tell_replaced(result: Result, say: Say) -> None:
+    try:
+        earlier = Result.read(result.file)
+    except (OSError, ValueError):
+        return
+    changed = {
+        name: value
+        for name, value in earlier.settings.items()
+        if name in result.settings and result.settings[name] != value
+    }
+    if changed:
+        shown = ", ".join(f"{name} {value}" for name, value in changed.items())
+        say(
+            f"{result.file.name}: the earlier result ({shown}, BLEU {earlier.bleu:.2f}) is replaced"
+        )
+
+
+def _write(run_dir: Path, evaluated: Evaluated, say: Say) -> None:
+    result = evaluated.result
+    _tell_replaced(result, say)
+    _write_lines(result.file.with_name(result.hypotheses), evaluated.hypotheses)
+    values = json.dumps(result.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+    write_atomically(result.file, values + "\n")
     events = EventLog(events_path(run_dir))
     try:
-        for item in evaluated:
-            result = item.result
-            _write_lines(result.file.with_name(result.hypotheses), item.hypotheses)
-            values = json.dumps(result.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
-            write_atomically(result.file, values + "\n")
-            events.write(
-                "evaluated",
-                test_set=result.test_set,
-                checkpoint=result.checkpoint,
-                step=result.step,
-                bleu=result.bleu,
-                chrf=result.chrf,
-                ter=result.ter,
-                paper_bleu=result.paper_bleu,
-                signature=result.signature,
-            )
+        events.write(
+            "evaluated",
+            test_set=result.test_set,
+            checkpoint=result.checkpoint,
+            step=result.step,
+            bleu=result.bleu,
+            chrf=result.chrf,
+            ter=result.ter,
+            paper_bleu=result.paper_bleu,
+            signature=result.signature,
+        )
     finally:
         events.close()
     name = run_dir.resolve().name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 from pathlib import Path
@@ -10,17 +11,47 @@ from types import TracebackType
 
 from data_shards.errors import UserError
 
+_SUFFIX = ".partial.jsonl"
+_DIGITS = 8
+
+
+def partial_file(folder: Path, name: str, digest: str) -> Path:
+    """Its place: what another digest left of the same evaluation may lie beside it."""
+    return folder / f"{name}.{digest[:_DIGITS]}{_SUFFIX}"
+
+
+def others(file: Path) -> list[Path]:
+    """The files of the same evaluation that belong to other digests."""
+    name = file.name.removesuffix(_SUFFIX).rpartition(".")[0]
+    pattern = glob.escape(f"{name}.") + "[0-9a-f]" * _DIGITS + _SUFFIX
+    return sorted(found for found in file.parent.glob(pattern) if found != file)
+
+
+def remove_others(file: Path) -> None:
+    """Remove ``others``, but for those that another process works on."""
+    for other in others(file):
+        try:
+            descriptor = os.open(other, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            other.unlink(missing_ok=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
+
 
 class PartialResult:
     """An append-only file of translated batches, one JSON object a line, each synced.
 
-    The first line holds a digest of all that decides the translations: a file of another digest is
-    emptied. While it is open no other process may have it.
+    The first line holds a digest of all that decides the translations: a file of another digest
+    (that begins alike) is emptied. While it is open no other process may have it.
 
     Attributes:
         batches: hypotheses by the batch's number, as found and as added.
         seconds: time spent decoding them, over all attempts.
-        discarded: batches of other settings that were thrown away.
 
     Raises:
         UserError: another process has it.
@@ -30,11 +61,9 @@ class PartialResult:
         self.file = file
         self.batches: dict[int, list[str]] = {}
         self.seconds = 0.0
-        self.discarded = 0
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._descriptor = _open_locked(file)
         try:
-            self._lock()
             self._recover(digest)
         except BaseException:
             os.close(self._descriptor)
@@ -47,7 +76,7 @@ class PartialResult:
         self.seconds += seconds
 
     def remove(self) -> None:
-        """The result is written: the file is not needed any more."""
+        """The result is written: the file is not needed any more. Only while it is open."""
         self.file.unlink(missing_ok=True)
 
     def __enter__(self) -> PartialResult:
@@ -61,15 +90,6 @@ class PartialResult:
     ) -> None:
         os.close(self._descriptor)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is making this evaluation now ({self.file}): wait for it, or "
-                "stop it"
-            ) from None
-
     def _recover(self, digest: str) -> None:
         """Take over what is there, up to the first line that is not whole."""
         lines = self.file.read_bytes().split(b"\n")
@@ -81,7 +101,6 @@ class PartialResult:
                 break
             whole += len(line) + 1
         if not found or found[0].get("digest") != digest:
-            self.discarded = max(0, len(found) - 1)
             os.ftruncate(self._descriptor, 0)
             self._append({"digest": digest})
             return
@@ -95,3 +114,25 @@ class PartialResult:
         while data:
             data = data[os.write(self._descriptor, data) :]
         os.fsync(self._descriptor)
+
+
+def _open_locked(file: Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, file):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"another process is making this evaluation now ({file}): wait for it, or stop it"
+            ) from None
+        os.close(descriptor)  # whoever had it has finished and removed it
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

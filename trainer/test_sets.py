@@ -54,6 +54,11 @@ class TestSet:
         """The name as part of a file's name: ``wmt14/full`` is ``wmt14-full``."""
         return self.name.replace("/", "-")
 
+    @property
+    def unique_stem(self) -> str:
+        """``stem``; with digits of the text for the user's files: others may be named alike."""
+        return f"{self.stem}-{self.sha256()[:8]}" if self.files else self.stem
+
     def sha256(self) -> str:
         """Of all sentences and references, in hex."""
         digest = hashlib.sha256()
@@ -112,6 +117,11 @@ def public_names(manifest: Manifest) -> list[str]:
     """sacreBLEU's test sets for the corpus' languages, by name."""
     pair = _pair(manifest)
     return sorted(name for name, dataset in DATASETS.items() if pair in dataset.langpairs)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a split of a corpus or a test set of sacreBLEU's is reported under this name."""
+    return name in ("test", "valid") or name in {known.replace("/", "-") for known in DATASETS}
 
 
 def reopen(name: str, files: tuple[Path, Path] | None, manifest: Manifest | None) -> TestSet | None:

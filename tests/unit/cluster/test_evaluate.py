@@ -159,3 +159,16 @@ def test_only_rays_lines_go_to_the_file(tmp_path, capfd):
         "from Ray's C++\nfrom Ray's Python\n"
     )
     assert capfd.readouterr().err == "afterwards\nto the terminal\n"
+
+
+def test_a_comparison_of_different_searches_says_so(run_dir):
+    other = shutil.copytree(run_dir, run_dir.parent / "other")
+    arguments = ("--compare", "other@20", "--compare", "@20")
+    assert "different settings" not in evaluate(run_dir, *arguments).stdout
+    values = json.loads((other / "config.json").read_text())
+    values["evaluation"]["beam"] = 2
+    (other / "config.json").write_text(json.dumps(values))
+    lines = evaluate(run_dir, *arguments).stdout.splitlines()
+    assert (
+        "searched with different settings: demo best beam=4; other 20 beam=2; demo 20 beam=4"
+    ) in lines

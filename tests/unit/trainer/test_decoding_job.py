@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import closing
 from itertools import islice
@@ -39,13 +40,14 @@ class Work:
         self.stop_after: int | None = None
 
     def __call__(self, *systems: System, names=("test",)):
-        return translate_all(
+        translated = translate_all(
             [(system, "") for system in systems],
             find_test_sets(self.run_dir, names),
             evaluation_dir(self.run_dir),
             decode=self._decode,
             say=self.said.append,
         )
+        return list(translated)
 
     def _decode(self, systems, batches):
         with closing(decode_here(systems, batches)) as results:
@@ -90,7 +92,7 @@ def test_no_batch_size_changes_a_hypothesis(run_dir, work, batch_tokens):
 def test_an_interrupted_evaluation_goes_on_where_it_was(run_dir, work, settings):
     system = make_system(run_dir, **settings)
     (expected,) = work(system)
-    expected.partial.unlink()
+    expected.partial.remove()
     num_batches = len(work.decoded)
     assert num_batches > 5
 
@@ -140,7 +142,7 @@ def test_a_run_that_trains_on_meanwhile(run_dir, work):
     newest, elsewhere = run_dir / "checkpoints" / "step-00000180", run_dir / "newer"
     newest.rename(elsewhere)
     (expected,) = work(make_system(run_dir, "last"))
-    expected.partial.unlink()
+    expected.partial.remove()
     assert expected.step == 120
 
     def meanwhile(systems, batches):
@@ -199,13 +201,14 @@ def test_sentences_that_are_cut_are_told(run_dir, tmp_path):
     source.write_text("one dog\n" + "red house " * 40 + "\n")
     reference.write_text("eins Hund\nx\n")
     said: list[str] = []
-    translate_all(
+    translated = translate_all(
         [(make_system(run_dir), "")],
         find_test_sets(run_dir, [], source=source, reference=reference),
         tmp_path,
         decode=decode_here,
         say=said.append,
     )
+    assert len(list(translated)) == 1
     assert any(
         "1 sentences are longer than the 23 pieces" in s and s.endswith("line 2") for s in said
     )
@@ -232,3 +235,24 @@ def test_two_evaluations_of_the_same_at_once(run_dir, work):
 
     work._decode = while_decoding
     assert len(work(system)) == 1
+
+
+def test_parts_of_several_settings_wait_side_by_side(run_dir, work):
+    work.stop_after = 2
+    for beam in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            work(make_system(run_dir, beam=beam))
+    work.stop_after = None
+    for beam in (2, 3):
+        work.said.clear()
+        work(make_system(run_dir, beam=beam))
+        assert any("going on after an interruption, 2 of" in line for line in work.said)
+
+
+def test_more_than_may_be_open_is_said_plainly(run_dir, work, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("trainer.partial.os.open", refuse)
+    with pytest.raises(UserError, match=r"^1 evaluations in one go .*ulimit -n"):
+        work(make_system(run_dir))

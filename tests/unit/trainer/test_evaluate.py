@@ -21,6 +21,7 @@ from trainer.evaluate import (
     read_results,
 )
 from trainer.frequency import COUNTS_NAME
+from trainer.partial import PartialResult
 from trainer.run import read_config, read_events
 
 
@@ -149,7 +150,7 @@ class TestComparison:
         rows = {(row["system"], row["metric"]): row for row in compared.comparison["rows"]}
         assert set(rows) == {
             (system, metric)
-            for system in ("demo 180", "demo 60", "demo last")
+            for system in ("demo 180", "demo 60")
             for metric in ("bleu", "chrf", "ter")
         }
         assert compared.comparison["baseline"] == "demo 180"
@@ -157,8 +158,6 @@ class TestComparison:
             evaluate(run_dir, checkpoint="60").bleu
         )
         assert rows["demo 60", "bleu"]["difference"] < 0
-        # The very same checkpoint under another name.
-        assert rows["demo last", "bleu"]["p_randomisation"] == 1.0
         assert Result.read(compared.file) == compared
 
     def test_leaves_only_translations_of_the_others(self, compared):
@@ -264,3 +263,146 @@ class TestMistakes:
         with pytest.raises(UserError):
             evaluate(run_dir, checkpoint="7")
         assert not (run_dir / "evaluation").exists()
+
+
+class TestNames:
+    def twin(self, files, folder):
+        """Files of the same names that hold something else."""
+        folder.mkdir()
+        chosen = pairs(7, seed=6)
+        return tuple(
+            write_lines(folder / file.name, [pair[side] for pair in chosen])
+            for side, file in enumerate(files)
+        )
+
+    def test_files_of_one_name_keep_their_own_results(self, run_dir, files, tmp_path):
+        twin = self.twin(files, tmp_path / "b")
+        first = evaluate(run_dir, source=files[0], reference=files[1])
+        for _ in range(2):
+            other = evaluate(run_dir, source=twin[0], reference=twin[1])
+            assert other.file.name.startswith("newstest.en-")
+            assert other.test_set == other.file.name.removesuffix("-best.json")
+        assert other.file != first.file
+        again = evaluate(run_dir, source=files[0], reference=files[1])
+        assert again.file == first.file
+        found = {(item.source, item.num_sentences) for item in read_results(run_dir)}
+        assert found == {(str(files[0]), 12), (str(twin[0]), 7)}
+        hypotheses = first.file.parent / first.hypotheses
+        assert len(hypotheses.read_text().splitlines()) == 12
+
+    @pytest.mark.parametrize("name", ["test", "wmt14-full"])
+    def test_a_file_named_as_a_test_set(self, run_dir, files, name):
+        source = files[0].rename(files[0].with_name(name))
+        result = evaluate(run_dir, source=source, reference=files[1])
+        assert result.file.name.startswith(f"{name}-")
+        assert result.file.name != f"{name}-best.json"
+        assert result.test_set != name
+
+    def test_a_result_of_another_search_is_not_lost_silently(self, run_dir):
+        said = []
+        config = read_config(run_dir).evaluation
+        test_sets = find_test_sets(run_dir, ["test"])
+        for beam in (2, 2, 3):
+            system = System(run_dir, "last", override(config, beam=beam))
+            evaluate_systems([system], test_sets, decode=decode_here, say=said.append)
+        replaced = [line for line in said if "is replaced" in line]
+        assert len(replaced) == 1
+        assert replaced[0].startswith("test-last.json: the earlier result (beam 2, BLEU ")
+
+
+class TestRunsOfOneName:
+    def test_are_numbered_and_each_compared_once(self, run_dir, tmp_path):
+        other = shutil.copytree(run_dir, tmp_path / "elsewhere" / "demo")
+        link = tmp_path / "link"
+        link.symlink_to(other)
+        config = read_config(run_dir).evaluation
+        folders = (other, link, other, run_dir)
+        compared = [System(folder, "60", config) for folder in folders]
+        (found,) = evaluate_systems(
+            [System(run_dir, "180", override(config, beam=2))],
+            find_test_sets(run_dir, ["test"]),
+            decode=decode_here,
+            compared=compared,
+        )
+        systems = found.result.comparison["systems"]
+        assert [item["system"] for item in systems] == ["demo 180", "demo-2 60", "demo 60"]
+        assert [item["run"] for item in systems] == [str(run_dir), str(other), str(run_dir)]
+        assert [item["checkpoint"] for item in systems] == ["180", "60", "60"]
+        assert [item["step"] for item in systems] == [180, 60, 60]
+        assert [item["settings"]["beam"] for item in systems] == [2, config.beam, config.beam]
+        assert not list(found.result.file.parent.glob("*.partial.jsonl"))
+
+    def test_one_compared_with_itself_has_no_table(self, run_dir):
+        said = []
+        config = read_config(run_dir).evaluation
+        own, same = (System(run_dir, name, config) for name in ("180", "last"))
+        (found,) = evaluate_systems(
+            [own],
+            find_test_sets(run_dir, ["test"]),
+            decode=decode_here,
+            compared=[same],
+            say=said.append,
+        )
+        assert found.result.comparison is None
+        assert "test, checkpoint 180: demo last is the very same system" in said
+
+
+def test_results_are_written_as_soon_as_they_are_there(run_dir):
+    """And after an interruption nothing is translated again."""
+    config = read_config(run_dir).evaluation
+    systems = [System(run_dir, name, config) for name in ("60", "180")]
+    test_sets = find_test_sets(run_dir, ["test"])
+    decoded = []
+
+    def interrupted(systems, batches):
+        for batch in decode_here(systems, batches):
+            if batch.job == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    def counted(systems, batches):
+        for batch in decode_here(systems, batches):
+            decoded.append(batch.job)
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_systems(systems, test_sets, decode=interrupted)
+    assert [item.checkpoint for item in read_results(run_dir)] == ["60"]
+    found = evaluate_systems(systems, test_sets, decode=counted)
+    assert [item.result.checkpoint for item in found] == ["60", "180"]
+    assert set(decoded) == {1}
+
+
+def test_the_partial_is_removed_while_nobody_else_can_have_it(run_dir, monkeypatch):
+    system = System(run_dir, "last", read_config(run_dir).evaluation)
+    refused = []
+
+    def remove(partial):
+        with pytest.raises(UserError, match="another process") as caught:
+            PartialResult(partial.file, "other")
+        refused.append(caught)
+
+    monkeypatch.setattr(PartialResult, "remove", remove)
+    evaluate_systems([system], find_test_sets(run_dir, ["test"]), decode=decode_here)
+    assert len(refused) == 1
+
+
+def test_what_nobody_goes_on_with_is_removed(run_dir):
+    config = read_config(run_dir).evaluation
+    test_sets = find_test_sets(run_dir, ["test"])
+
+    def interrupted(systems, batches):
+        yield next(decode_here(systems, batches))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_systems(
+            [System(run_dir, "60", override(config, batch_tokens=24))],
+            test_sets,
+            decode=interrupted,
+        )
+    evaluate_systems([System(run_dir, "180", config)], test_sets, decode=decode_here)
+    folder = run_dir / "evaluation"
+    assert len(list(folder.glob("*.partial.jsonl"))) == 1, "of another checkpoint"
+    evaluate_systems([System(run_dir, "60", config)], test_sets, decode=decode_here)
+    assert not list(folder.glob("*.partial.jsonl"))

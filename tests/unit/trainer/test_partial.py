@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
 
 from data_shards.errors import UserError
-from trainer.partial import PartialResult
+from trainer.partial import PartialResult, others, partial_file, remove_others
 
 
 @pytest.fixture
@@ -26,7 +27,6 @@ def test_what_was_added_is_found_again(file: Path) -> None:
     with PartialResult(file, "a") as partial:
         assert partial.batches == {0: ["eins", "zwei"], 2: ["drei \u2028 vier\n fünf"]}
         assert partial.seconds == 1.75
-        assert partial.discarded == 0
         partial.add(1, [""], 1.0)
     with PartialResult(file, "a") as partial:
         assert sorted(partial.batches) == [0, 1, 2]
@@ -48,9 +48,9 @@ def test_of_every_cut_the_whole_lines_are_kept(file: Path) -> None:
 def test_that_of_other_settings_is_thrown_away(file: Path) -> None:
     write(file)
     with PartialResult(file, "b") as partial:
-        assert (partial.batches, partial.discarded) == ({}, 2)
-    with PartialResult(file, "b") as partial:
-        assert (partial.batches, partial.discarded) == ({}, 0)
+        assert partial.batches == {}
+    with PartialResult(file, "a") as partial:
+        assert partial.batches == {}
 
 
 def test_two_at_once_are_refused(file: Path) -> None:
@@ -59,3 +59,36 @@ def test_two_at_once_are_refused(file: Path) -> None:
         PartialResult(file, "a")
     with PartialResult(file, "a"):
         pass
+
+
+def test_of_other_digests_lie_side_by_side(tmp_path: Path) -> None:
+    first, second = (partial_file(tmp_path, "[a] best", digest * 32) for digest in ("ab", "cd"))
+    unlike = partial_file(tmp_path, "[a] bestest", "ab" * 32)
+    for file in (first, second, unlike):
+        write(file, file.name)
+    assert others(first) == [second]
+    with PartialResult(second, second.name) as partial:
+        assert len(partial.batches) == 2
+        remove_others(first)
+        assert second.exists(), "somebody works on it"
+    remove_others(first)
+    assert sorted(tmp_path.iterdir()) == [first, unlike]
+
+
+def test_one_that_its_owner_removes_while_another_waits_for_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = PartialResult(file, "a")
+    lock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        with owner:
+            owner.remove()
+        monkeypatch.undo()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with PartialResult(file, "a") as partial:
+        partial.add(0, ["eins"], 1.0)
+    with PartialResult(file, "a") as partial:
+        assert partial.batches == {0: ["eins"]}
