@@ -36,11 +36,15 @@ def chunks(stream: BinaryIO, limit: int) -> Iterator[list[bytes]]:
         return
     is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
     lines: list[bytes] = []
-    tail, deadline = b"", 0.0
+    tail: list[bytes] = []  # of a line whose end has not come
+    deadline = 0.0
     while data := os.read(descriptor, _READ_BYTES):
         had_lines = bool(lines)
-        *complete, tail = (tail + data).split(b"\n")
-        lines += complete
+        first, *others = data.split(b"\n")
+        tail.append(first)
+        if others:
+            lines += [b"".join(tail), *others[:-1]]
+            tail = [others[-1]]
         while len(lines) >= limit:
             yield lines[:limit]
             lines, had_lines = lines[limit:], False
@@ -51,8 +55,8 @@ def chunks(stream: BinaryIO, limit: int) -> Iterator[list[bytes]]:
         if time.monotonic() >= deadline or not select.select([descriptor], [], [], _QUIET_S)[0]:
             yield lines
             lines = []
-    if tail:
-        lines.append(tail)
+    if last := b"".join(tail):
+        lines.append(last)
     yield from (lines[start : start + limit] for start in range(0, len(lines), limit))
 
 

@@ -76,3 +76,13 @@ def test_a_pipe_that_never_pauses_is_answered_too():
         finally:
             stop.set()
             thread.join()
+
+
+def test_a_long_line_is_not_copied_at_each_read(tmp_path):
+    file = tmp_path / "long"
+    file.write_bytes(b"a" * 2**24 + b"\nb\n")
+    with file.open("rb") as stream:
+        began = time.process_time()
+        [[long, short]] = chunks(stream, 10)
+    assert (len(long), short) == (2**24, b"b")
+    assert time.process_time() - began < 2
