@@ -16,8 +16,7 @@ function fail(message) {
 }
 
 // The server's answer to one request; what goes wrong is told in words.
-async function ask(path, options = {}) {
-  const token = sessionStorage.getItem(TOKEN);
+async function ask(path, options = {}, token = sessionStorage.getItem(TOKEN)) {
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   let response;
   try {
@@ -26,7 +25,13 @@ async function ask(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer. Is it still running?");
   }
-  const answer = await response.json().catch(() => ({}));
+  let answer = {};
+  try {
+    answer = await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    if (response.ok) throw new Error("The answer was cut off.");
+  }
   if (response.ok) return answer;
   if (response.status === 401) {
     const wasWrong = token !== null;
@@ -48,8 +53,8 @@ function languageName(code) {
   }
 }
 
-async function start() {
-  info = await ask("info");
+async function start(token) {
+  info = await ask("info", {}, token);
   const [from, to] = [info.source_language, info.target_language].map(languageName);
   document.title = `${info.run} · Translate · babelray`;
   byId("run").textContent = info.run;
@@ -82,6 +87,13 @@ function request(text) {
   });
 }
 
+// Other lines can be chosen of an answer, not while it is about to be replaced.
+function setBusy(isBusy) {
+  if (isBusy) byId("result").setAttribute("aria-busy", "true");
+  else byId("result").removeAttribute("aria-busy");
+  byId("line").disabled = isBusy;
+}
+
 async function translate() {
   const text = byId("text").value;
   fail(null);
@@ -92,20 +104,20 @@ async function translate() {
     return;
   }
   byId("status").textContent = "Translating …";
-  byId("result").setAttribute("aria-busy", "true");
+  setBusy(true);
   try {
     show(await request(text));
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (error.name === "AbortError") return; // for a newer one
     byId("status").textContent = "";
     byId("result").hidden = true;
     fail(error.message);
-  } finally {
-    byId("result").removeAttribute("aria-busy");
   }
+  setBusy(false);
 }
 
 function show(answer) {
+  fail(null);
   byId("result").hidden = false;
   byId("translation").textContent = answer.translation || "(nothing)";
   const status = byId("status");
@@ -114,9 +126,10 @@ function show(answer) {
   byId("notes").replaceChildren(...answer.notes.map((note) => {
     return Object.assign(document.createElement("li"), { textContent: sentence(note) });
   }));
-  const lines = answer.lines.filter((line) => line.source_pieces.length);
+  const lines = answer.lines.map((line, n) => ({ ...line, number: n + 1 }))
+    .filter((line) => line.source_pieces.length);
   byId("line-choice").hidden = lines.length < 2;
-  byId("line").replaceChildren(...lines.map((line, n) => new Option(`${n + 1}: ${line.source.trim().slice(0, 60)}`, n)));
+  byId("line").replaceChildren(...lines.map((line, n) => new Option(`${line.number}: ${line.source.trim().slice(0, 60)}`, n)));
   byId("line").onchange = (event) => showLine(lines[event.target.value]);
   showAlternatives(lines[0]);
   view.show(answer.attention);
@@ -125,6 +138,7 @@ function show(answer) {
 // Another line of the same text: its attention has to be asked for.
 async function showLine(line) {
   showAlternatives(line);
+  view.show(null);
   fail(null);
   try {
     view.show((await request(line.source)).attention);
@@ -158,11 +172,13 @@ byId("text").addEventListener("keydown", (event) => {
 });
 byId("token-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, byId("token").value.trim());
+  const token = byId("token").value.trim();
   byId("token").value = "";
   fail(null);
   try {
-    await start();
+    if (!/^[!-~]+$/.test(token)) throw new Error("The token is wrong."); // no header can hold it
+    await start(token);
+    sessionStorage.setItem(TOKEN, token);
     byId("token-form").hidden = true;
     byId("text").focus();
   } catch (error) {
