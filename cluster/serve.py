@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ _TARGET_ONGOING = 16
 
 # Requests that are inside when the server is asked to end may take so long.
 _DRAIN_S = 10.0
+# Their answers still have to leave the proxy.
+_FLUSH_S = 0.3
 
 _APPLICATION = "babelray"
 
@@ -116,6 +119,7 @@ def serve(
             stop.wait()
             with suppress(Exception):  # ending goes on if the front is gone
                 front.drain.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 1)
+            time.sleep(_FLUSH_S)
         finally:
             if not ray_session.is_local:  # else it ends with its Ray
                 from ray import serve as ray_serve
