@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -180,18 +181,26 @@ class Terminal:
         self.running = process(
             runs, *arguments, stdin=inside, stdout=output or inside, stderr=inside,
             start_new_session=True,
-            preexec_fn=lambda: os.set_inheritable(0, True),
         )  # fmt: skip
         os.close(inside)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    def wait_for(self, pattern: str) -> str:
-        """Read the screen until ``pattern`` is there; what came up to its end."""
+    def wait_for(self, pattern: str, *, interrupting: bool = False) -> str:
+        """Read the screen until ``pattern`` is there; what came up to its end.
+
+        Args:
+            interrupting: send SIGINT, and again every few seconds until it has been heard.
+        """
         deadline = time.monotonic() + 60
+        again = time.monotonic()
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < deadline, f"{pattern!r} not in {self.seen!r}"
+            if interrupting and time.monotonic() >= again:
+                os.kill(self.running.pid, signal.SIGINT)
+                again = time.monotonic() + 3
             if select.select([self.screen], [], [], 0.1)[0]:
-                self.seen += os.read(self.screen, 4096).decode()
+                self.seen += self._decoder.decode(os.read(self.screen, 4096))
         before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return before
 
@@ -217,10 +226,9 @@ def test_at_a_terminal(runs: Path, translator: Translator) -> None:
     # A line that is given up, then the history: the line before the last.
     terminal.type("half a li")
     terminal.wait_for("half a li")
-    os.kill(terminal.running.pid, signal.SIGINT)
-    terminal.wait_for(r"\nen> ")
+    terminal.wait_for(r"\nen> ", interrupting=True)
     terminal.type(f"{SENTENCES[1]}\n")
-    assert f"\r\n{second}\r\n" in terminal.wait_for(r"\nen> ")
+    terminal.wait_for(re.escape(f"\r\n{second}\r\nen> "))
     terminal.type("\x1b[A\x1b[A\n")
     assert f"\r\n{first}\r\n" in terminal.wait_for(r"\nen> ")
     terminal.type("\x04")
