@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Generator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import session
 from cluster.naming import logs_dir
+from cluster.options import say
 from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
 # Each batch is a block of its own, and so a task of its own. Beyond as many, blocks hold several.
 _MOST_BLOCKS = 2000
+# Of one actor and of one batch. A batch that kills whatever decodes it (want of memory, say) would
+# do so for ever: Ray Data knows no bound by itself.
+_MOST_DEATHS = 3
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def decode_on_ray(
     """Decode on this machine, or on the cluster that RAY_ADDRESS names.
 
     An actor has one GPU where the cluster has GPUs, otherwise one CPU and one thread. One that dies
-    is replaced, and its batch is decoded again.
+    is replaced, and its batch is decoded again, three times at most.
 
     Args:
         systems: whose runs' folders all machines reach under the same paths.
@@ -52,7 +59,7 @@ def decode_on_ray(
         RunFailedError: decoding failed, or there is no room for the actors.
     """
     with (
-        _ray_writes_to(logs_dir(systems[0].run_dir) / "evaluation.log"),
+        _ray_writes_to(_log_file(systems)),
         session.connect(
             min_cpus=min(actors.least, len(batches)), threads=1, dashboard_port=None
         ) as ray_session,
@@ -79,25 +86,66 @@ def _decode(
     context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     rows = [{"batch": json.dumps(vars(batch))} for batch in batches]
-    decoded = ray.data.from_items(
-        rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)
-    ).map_batches(
-        _Actor,
-        fn_constructor_args=(tuple(systems), "cuda" if has_gpu else "cpu"),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, initial_size=most),
-        num_gpus=1 if has_gpu else 0,
-        num_cpus=0 if has_gpu else 1,
-    )
+    items = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS))
+    with warnings.catch_warnings():
+        # Ray 2.60 calls arguments of actors deprecated, and has no other bound to offer as yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        decoded = items.map_batches(
+            _Actor,
+            fn_constructor_args=(tuple(systems), "cuda" if has_gpu else "cpu"),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, initial_size=most),
+            num_gpus=1 if has_gpu else 0,
+            num_cpus=0 if has_gpu else 1,
+            max_restarts=_MOST_DEATHS,
+            max_task_retries=_MOST_DEATHS,
+        )
+
+    def tell() -> None:
+        say(
+            f"nothing was translated for {_PATIENCE_S:.0f} s. A large model takes a while to load; "
+            f"if it is not that, see {_log_file(systems)}, and whether other work holds the "
+            f"{'GPUs' if has_gpu else 'CPUs'}"
+        )
+
     try:
-        for row in decoded.iter_rows():
+        for row in _patiently(decoded.iter_rows(), tell, patience_s=_PATIENCE_S):
             values = json.loads(row["decoded"])
             if "error" in values:
                 raise (RunFailedError if values["failed"] else UserError)(values["error"])
             yield Decoded(**values)
     except ray.exceptions.RayError as error:
         raise _explained(error) from None
+
+
+def _patiently(
+    rows: Iterable[dict[str, Any]], tell: Callable[[], None], *, patience_s: float
+) -> Generator[dict[str, Any], None, None]:
+    """The rows. ``tell`` is called when one of them keeps waiting, but only once."""
+    told = threading.Event()
+
+    def tell_once() -> None:
+        if not told.is_set():
+            told.set()
+            tell()
+
+    left = iter(rows)
+    while True:
+        timer = threading.Timer(patience_s, tell_once)
+        timer.daemon = True
+        timer.start()
+        try:
+            row = next(left, None)
+        finally:
+            timer.cancel()
+        if row is None:
+            return
+        yield row
+
+
+def _log_file(systems: Sequence[System]) -> Path:
+    return logs_dir(systems[0].run_dir) / "evaluation.log"
 
 
 class _Actor:

@@ -68,6 +68,17 @@ def test_any_number_of_actors_gives_the_same(run_dir: Path) -> None:
         with pytest.raises(RunFailedError, match="demo went on training, and its checkpoint last"):
             list(_decode([changed], batches, 1, 1, has_gpu=False))
 
+        # Whatever decodes it dies, as for want of memory.
+        class Deadly(System):
+            def load(self, device):
+                os._exit(1)
+
+        deadly = Deadly(run_dir, "last", evaluation)
+        with pytest.raises(
+            RunFailedError, match=r"^decoding failed: .*What was translated is kept"
+        ):
+            list(_decode([deadly], batches, 1, 1, has_gpu=False))
+
 
 def num_kept(run_dir: Path) -> int:
     """Batches in the run's only partial file."""

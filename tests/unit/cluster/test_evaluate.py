@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from cluster.cli import cli
-from cluster.evaluate import Actors, _Actor, _check_room, _explained, _ray_writes_to
+from cluster.evaluate import Actors, _Actor, _check_room, _explained, _patiently, _ray_writes_to
 from data_shards.errors import UserError
 from tests.runs import make_run
 from trainer.run import read_events
@@ -172,3 +173,25 @@ def test_a_comparison_of_different_searches_says_so(run_dir):
     assert (
         "searched with different settings: demo best beam=4; other 20 beam=2; demo 20 beam=4"
     ) in lines
+
+
+def test_who_waits_long_is_told_once_where_to_look():
+    told = []
+
+    def rows():
+        yield {"decoded": 1}
+        assert not told
+        for number in (2, 3):
+            time.sleep(0.3)
+            yield {"decoded": number}
+
+    found = [row["decoded"] for row in _patiently(rows(), lambda: told.append(1), patience_s=0.1)]
+    assert found == [1, 2, 3]
+    assert told == [1]
+
+
+def test_who_scores_long_does_not_wait():
+    told = []
+    for _ in _patiently([{}, {}], lambda: told.append(1), patience_s=0.1):
+        time.sleep(0.3)
+    assert told == []
