@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import CHRF
 
 from data_shards.errors import UserError
 from trainer.config import EvaluationConfig
 from trainer.run import load_model
+from trainer.scores import bleu_metric
 from trainer.storage import write_atomically
 from trainer.translate import Translator
 
@@ -40,7 +41,7 @@ def score_checkpoint(run_dir: Path, step: int, *, threads: int) -> dict[str, Any
         raise UserError("the corpus has no validation set: set trainer.bleu_every to null")
     found = Translator([loaded], loaded.config.evaluation).translate(sources)
     hypotheses = [translations[0].text for translations in found]
-    bleu, chrf = BLEU(trg_lang=loaded.manifest.data.target_language), CHRF()
+    bleu, chrf = bleu_metric(loaded.manifest.target_language), CHRF()
     return {
         "test_set": "valid",
         "checkpoint": str(step),
