@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sacrebleu.metrics import CHRF
 
 from data_shards.errors import UserError
 from trainer.config import EvaluationConfig
 from trainer.run import load_model
-from trainer.scores import bleu_metric
 from trainer.storage import write_atomically
-from trainer.translate import Translator
 
 _LATEST = "valid_bleu.json"
 
@@ -33,6 +30,12 @@ def score_checkpoint(run_dir: Path, step: int, *, threads: int) -> dict[str, Any
     Raises:
         UserError: the checkpoint is gone or damaged, or the corpus has no validation set.
     """
+    # Ranks import this module for the gauge, and need none of these.
+    from sacrebleu.metrics import CHRF
+
+    from trainer.scores import bleu_metric
+    from trainer.translate import Translator
+
     torch.set_num_threads(threads)
     began = time.monotonic()
     loaded = load_model(run_dir, str(step))
