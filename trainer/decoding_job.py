@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -99,8 +99,8 @@ Decoder = Callable[[Sequence[System], Sequence[Batch]], Generator[Decoded, None,
 
 
 @dataclass(frozen=True)
-class Translated:
-    """A test set as a system translated it.
+class _Pairing:
+    """A test set and a system that translates it.
 
     Attributes:
         number: of the system, from 0.
@@ -108,8 +108,6 @@ class Translated:
         label: the checkpoint (and what was ensembled with it), fit for a file name.
         steps: of the checkpoints whose mean the first member is.
         digest: of all that decides the hypotheses.
-        seconds: spent decoding, added up over all that decoded.
-        partial: holds the hypotheses until the result is written.
     """
 
     number: int
@@ -121,6 +119,17 @@ class Translated:
     step: int
     steps: tuple[int, ...]
     digest: str
+
+
+@dataclass(frozen=True)
+class Translated(_Pairing):
+    """A test set as a system translated it.
+
+    Attributes:
+        seconds: spent decoding, added up over all that decoded.
+        partial: holds the hypotheses until the result is written.
+    """
+
     hypotheses: list[str]
     seconds: float
     partial: PartialResult
@@ -243,18 +252,9 @@ def translate_all(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Job(_Pairing):
     """One test set for one system, ready to be decoded."""
 
-    number: int  # the system's
-    name: str
-    system: System
-    test_set: TestSet
-    manifest: Manifest
-    label: str
-    step: int
-    steps: tuple[int, ...]
-    digest: str
     batches: list[list[int]]
     partial: Path
 
@@ -267,19 +267,9 @@ class _Job:
         for number, indices in enumerate(self.batches):
             for index, text in zip(indices, partial.batches[number], strict=True):
                 hypotheses[index] = text
+        pairing = {field.name: getattr(self, field.name) for field in fields(_Pairing)}
         return Translated(
-            number=self.number,
-            name=self.name,
-            system=self.system,
-            test_set=self.test_set,
-            manifest=self.manifest,
-            label=self.label,
-            step=self.step,
-            steps=self.steps,
-            digest=self.digest,
-            hypotheses=hypotheses,
-            seconds=partial.seconds,
-            partial=partial,
+            **pairing, hypotheses=hypotheses, seconds=partial.seconds, partial=partial
         )
 
 

@@ -61,7 +61,6 @@ _RC = {
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 # Up to here every point is marked, so that a run of a single logged step shows something.
 _MARKED_POINTS = 25
-_FAINT = 0.02
 
 
 @dataclass(frozen=True)
@@ -194,22 +193,6 @@ def attention_map(
                     f'text-anchor="middle">{100 * weight:.0f}</text>'
                 )
             parts.append("</g>")
-    parts.append("</svg>")
-    return "".join(parts)
-
-
-def attention_thumbnail(weights_TS: npt.NDArray[np.floating[Any]], *, title: str) -> str:
-    """A small heat map without labels; cells next to nothing are left out."""
-    rows, columns = weights_TS.shape
-    parts = [
-        _svg(columns, rows, title, ""),
-        f'<rect class="cell" width="{columns}" height="{rows}"/>',
-    ]
-    for row, column in np.argwhere(weights_TS >= _FAINT):
-        parts.append(
-            f'<rect class="heat" x="{column}" y="{row}" width="1" height="1" '
-            f'fill-opacity="{weights_TS[row, column]:.2f}"/>'
-        )
     parts.append("</svg>")
     return "".join(parts)
 
