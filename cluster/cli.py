@@ -12,8 +12,10 @@ from cluster.commands.attention import attention
 from cluster.commands.data import data
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
+from cluster.commands.logs import logs
 from cluster.commands.report import report
 from cluster.commands.serve import serve
+from cluster.commands.status import status
 from cluster.commands.train import train
 from cluster.commands.translate import translate
 from data_shards.errors import UserError
@@ -67,7 +69,7 @@ def cli() -> None:
     """
 
 
-for _command in (data, train, evaluate, translate, export, report, attention, serve):
+for _command in (data, train, evaluate, translate, export, report, attention, serve, status, logs):
     cli.add_command(_command)
 
 

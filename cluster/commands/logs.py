@@ -1,0 +1,96 @@
+"""``babelray logs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cluster.options import runs_option, say
+from data_shards.errors import UserError
+
+
+@click.command()
+@click.argument("run")
+@click.option("--rank", type=click.IntRange(min=0), metavar="N", help="Only this rank's log.")
+@click.option("--driver", is_flag=True, help="What the command itself and Ray said.")
+@click.option("--failures", is_flag=True, help="What went wrong and what was done about it.")
+@click.option(
+    "--lines",
+    type=click.IntRange(min=0),
+    default=40,
+    show_default=True,
+    metavar="N",
+    help="How many of the last lines.",
+)
+@click.option(
+    "--follow", "-f", is_flag=True, help="Go on with what comes, until the run ends; Ctrl-C leaves."
+)
+@runs_option
+def logs(
+    run: str,
+    rank: int | None,
+    driver: bool,
+    failures: bool,
+    lines: int,
+    follow: bool,
+    runs: Path,
+) -> None:
+    """Show the logs of the run RUN: by default those of all ranks, in the order of their times.
+
+    \b
+    Examples:
+      babelray logs demo
+      babelray logs demo --rank 1 --follow
+      babelray logs demo --failures
+    """
+    if (rank is not None) + driver + failures > 1:
+        raise click.UsageError("give one of --rank, --driver and --failures")
+    from cluster import logs as reading
+    from cluster.naming import find_run, is_claimed
+
+    run_dir = find_run(run, runs)
+    is_merged = False
+    if rank is not None:
+        found = [reading.rank_log(run_dir, rank)]
+    elif driver:
+        found = [reading.driver_log(run_dir)]
+    elif failures:
+        found = [reading.failures_log(run_dir)]
+    else:
+        found, is_merged = reading.rank_logs(run_dir), True
+    is_live = is_claimed(run_dir)
+    # A run without failures has no file of them, and that is no mistake of whoever asks.
+    if not any(log.file.exists() for log in found) and not failures and not (follow and is_live):
+        raise UserError(f"{run_dir}: {_missing(run_dir, rank)}")
+
+    def show(line: reading.Line) -> None:
+        click.echo(f"{line.label} | {line.text}" if is_merged else line.text)
+
+    for line in reading.last_lines(found, lines):
+        show(line)
+    if not follow or not is_live:
+        for log in found:
+            for line in log.rest():
+                show(line)
+        if failures and not found[0].file.exists():
+            say("no failures so far")
+        if follow:
+            say(f"the run {run_dir.name} is not being trained; that was its end")
+        return
+    more = (lambda: reading.rank_logs(run_dir)) if is_merged else (lambda: [])
+    try:
+        for line in reading.follow(run_dir, found, more=more):
+            show(line)
+    except KeyboardInterrupt:
+        return
+    say(f"the run {run_dir.name} has ended: babelray status {run_dir.name} tells how")
+
+
+def _missing(run_dir: Path, rank: int | None) -> str:
+    from cluster.logs import rank_logs
+
+    others = [log.label for log in rank_logs(run_dir)]
+    if rank is not None and others:
+        return f"there is no log of rank {rank}; there are: {', '.join(others)}"
+    return "there are no logs yet: no rank has started"

@@ -1,0 +1,309 @@
+"""``babelray status``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.options import json_option, print_json, runs_option
+
+if TYPE_CHECKING:
+    from cluster import ray_state
+    from cluster.status import Details, Summary
+
+_REFRESH_S = 2.0
+_CLEAR = "\x1b[H\x1b[2J"
+
+
+@click.command()
+@click.argument("run", required=False)
+@runs_option
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+@json_option
+def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
+    """Show how all runs stand, or all about the run RUN: attempts, workers, failures, what to do.
+
+    Reads the files of runs, and asks the Ray of one that is being trained for its workers.
+
+    \b
+    Examples:
+      babelray status
+      babelray status demo --watch
+    """
+
+    def look() -> tuple[Any, str]:
+        if run is None:
+            return _all_runs(runs)
+        return _one_run(_resolve(run, runs), runs)
+
+    if not watch:
+        value, text = look()
+        print_json(value) if as_json else click.echo(text)
+        return
+    clear = _CLEAR if sys.stdout.isatty() else ""
+    try:
+        while True:
+            value, text = look()
+            click.echo(json.dumps(value, default=str) if as_json else clear + text)
+            time.sleep(_REFRESH_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _resolve(run: str, runs: Path) -> Path:
+    """The run's folder; one that is starting has no configuration yet."""
+    from cluster.naming import find_run, is_claimed
+
+    starting = runs / run
+    return starting if is_claimed(starting) else find_run(run, runs)
+
+
+def _all_runs(runs: Path) -> tuple[Any, str]:
+    from cluster.status import summaries
+
+    found = summaries(runs)
+    value = [dataclasses.asdict(run) for run in found]
+    if not found:
+        return value, f"no runs in {runs}: start one with babelray train"
+    return value, table(found, now=time.time())
+
+
+def _one_run(run_dir: Path, runs: Path) -> tuple[Any, str]:
+    from cluster.ray_state import RayStateError, attempts
+    from cluster.status import details
+
+    found = details(run_dir)
+    url, in_ray, problem = found.ray.get("dashboard_url"), None, None
+    # The private Ray of a run is gone with it; one of several machines remembers.
+    if url and (found.summary.is_live or found.ray.get("is_local") is False):
+        try:
+            in_ray = attempts(url, run_dir)
+        except RayStateError as error:
+            problem = str(error)
+    value = dataclasses.asdict(found)
+    value["ray_attempts"] = in_ray and [dataclasses.asdict(attempt) for attempt in in_ray]
+    value["ray_problem"] = problem
+    return value, page(found, in_ray, problem, runs=runs, now=time.time())
+
+
+def table(runs: Sequence[Summary], *, now: float) -> str:
+    """All runs, one a line."""
+    head = (
+        "run", "state", "step", "epoch", "loss", "BLEU", "tokens/s", "left", "workers",
+        "checkpoint", "restarts",
+    )  # fmt: skip
+    rows = [
+        (
+            run.name,
+            _state(run),
+            _of(run.step, run.max_steps),
+            _number(run.epoch, "d"),
+            _number(run.loss, ".4f"),
+            _number(run.bleu, ".2f"),
+            _number(run.tokens_per_second if run.is_live else None, ",.0f"),
+            "-" if run.seconds_left is None else _clock(run.seconds_left),
+            _number(run.workers, "d"),
+            "-" if run.checkpoint_time is None else _ago(run.checkpoint_time, now),
+            str(run.restarts),
+        )
+        for run in runs
+    ]
+    return "\n".join(_columns([head, *rows]))
+
+
+def page(
+    found: Details,
+    in_ray: Sequence[ray_state.Attempt] | None,
+    problem: str | None,
+    *,
+    runs: Path,
+    now: float,
+) -> str:
+    """All about one run."""
+    run = found.summary
+    lines = [f"{run.name}: {_state(run)}" + _why(run), *_facts(found, now)]
+    lines += _section("attempts", [_attempt(number, a) for number, a in enumerate(found.attempts)])
+    lines += _section("workers", _workers(found, in_ray, problem))
+    lines += _section(
+        "failures", [f"{_time(e['time'])}  {_in_words(e)}" for e in found.failures[-5:]]
+    )
+    lines += _section(
+        "last events", [f"{_time(e.get('time'))}  {_event(e)}" for e in found.last_events]
+    )
+    return "\n".join([*lines, "", *_what_next(found, runs)])
+
+
+def _facts(found: Details, now: float) -> list[str]:
+    run = found.summary
+    facts = [
+        ("step", _of(run.step, run.max_steps) + f", epoch {_number(run.epoch, 'd')}"),
+        ("loss", f"{_number(run.loss, '.4f')}, validation {_number(run.valid_nll, '.4f')}"),
+        ("BLEU", run.bleu is not None and f"{run.bleu:.2f} ({run.bleu_of})"),
+        (
+            "speed",
+            run.is_live
+            and run.tokens_per_second is not None
+            and f"{run.tokens_per_second:,.0f} tokens/s on {_number(run.workers, 'd')} workers",
+        ),
+        ("left", run.seconds_left is not None and _clock(run.seconds_left)),
+        (
+            "last event",
+            run.last_event_time is not None and f"{_ago(run.last_event_time, now)} ago",
+        ),
+        ("checkpoints", _checkpoints(found, now)),
+        ("folder", str(found.run_dir)),
+        ("Ray dashboard", run.is_live and found.ray.get("dashboard_url")),
+        ("metrics", ", ".join(f"http://{target}/metrics" for target in found.targets)),
+    ]
+    width = max(len(name) for name, _ in facts)
+    return [f"  {name.ljust(width)}  {value}" for name, value in facts if value]
+
+
+def _checkpoints(found: Details, now: float) -> str:
+    if not found.checkpoints:
+        return "none yet"
+    best = f", best {found.best_step}" if found.best_step is not None else ""
+    at = found.summary.checkpoint_time
+    age = f"; the last {_ago(at, now)} ago" if at is not None else ""
+    steps = ", ".join(map(str, found.checkpoints[-6:]))
+    return f"{steps}{best}{age} ({found.checkpoints_in})"
+
+
+def _attempt(number: int, attempt: Any) -> str:
+    workers = "?" if attempt.workers is None else attempt.workers
+    ended = "running" if attempt.end is None else attempt.end
+    lasted = f" after {_clock(attempt.ended - attempt.started)}" if attempt.ended else ""
+    return (
+        f"{number + 1}  {_time(attempt.started)}  {workers} workers"
+        f"  steps {attempt.from_step} to {attempt.to_step}  {ended}{lasted}"
+    )
+
+
+def _workers(
+    found: Details, in_ray: Sequence[ray_state.Attempt] | None, problem: str | None
+) -> list[str]:
+    if problem is not None:
+        return [f"Ray does not tell: {problem}"]
+    if in_ray is None:
+        return []
+    if not in_ray:
+        return ["Ray knows no attempt of this run yet"]
+    current = in_ray[-1]
+    rows = [("rank", "machine", "address", "process", "supervisor", "GPUs", "state")]
+    rows += [
+        (
+            str(worker.rank),
+            worker.node_id[:8],
+            worker.node_ip,
+            str(found.rank_pids.get(worker.rank, "-")),
+            str(worker.pid),
+            ",".join(map(str, worker.gpus)) or "-",
+            (worker.status or "-").lower(),
+        )
+        for worker in current.workers
+    ]
+    return [
+        f"attempt {len(in_ray)} in Ray: {current.status.lower()}"
+        + (f" ({current.detail})" if current.detail else ""),
+        *_columns(rows),
+    ]
+
+
+def _what_next(found: Details, runs: Path) -> list[str]:
+    run = found.summary
+    where = "" if runs == Path("runs") else f" --runs {runs}"
+    if run.state == "finished":
+        return [f"next: babelray evaluate {run.name}{where}"]
+    if not run.is_live:
+        # A message of a failure says what to mend; it stands above.
+        return [
+            f"logs: babelray logs {run.name}{where}",
+            f"go on from the last checkpoint: babelray train --name {run.name} --resume{where}",
+        ]
+    return [f"logs: babelray logs {run.name} --follow{where}"]
+
+
+def _event(event: dict[str, Any]) -> str:
+    if event["event"] in {"worker_failed", "waiting", "resized"}:
+        return _in_words(event)
+    skip = {"event", "time", "pairs", "lanes", "data_hash", "machine", "versions"}
+    values = (
+        f"{key} {_plain(value)}"
+        for key, value in event.items()
+        if key not in skip and value is not None and not isinstance(value, dict | list)
+    )
+    return f"{event['event']}: {', '.join(values)}"
+
+
+def _in_words(event: dict[str, Any]) -> str:
+    from cluster.status import say_failure
+
+    return say_failure(event)
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _state(run: Summary) -> str:
+    return f"finished ({run.why})" if run.state == "finished" and run.why else run.state
+
+
+def _why(run: Summary) -> str:
+    return f" ({run.why})" if run.why and run.state != "finished" else ""
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned: list[Callable[[str, int], str]] = [
+        str.ljust if index < 2 else str.rjust for index in range(len(widths))
+    ]
+    return [
+        "  ".join(
+            align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _of(step: int | None, max_steps: int | None) -> str:
+    if step is None:
+        return "-"
+    return f"{step:,}" + (f" of {max_steps:,}" if max_steps is not None else "")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    from cluster.progress import duration
+
+    return duration(seconds)
+
+
+def _ago(then: float, now: float) -> str:
+    """As people say it: 42 s, 7 min, 3 h, 5 d."""
+    seconds = max(0.0, now - then)
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
