@@ -1,13 +1,65 @@
-"""A run's events as lines for a person who watches."""
+"""A run's events as news for a person who watches: a line for each, and where the run stands."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cluster.time_left import Left, TimeLeft
 from trainer.config import RunConfig
+from trainer.schedule import progress
+
+Level = Literal["info", "warning", "error"]
+
+_WARNINGS = frozenset({"worker_failed", "save_failed", "skipped", "rewound", "waiting"})
+# Events whose ``step`` is not where the run stands: a checkpoint is told of when it is committed,
+# steps after the one that it holds.
+_BELATED = frozenset({"checkpoint", "save_failed", "evaluated"})
+# What an event means for what the run is doing.
+_DOING = {
+    "started": "training",
+    "resumed": "training",
+    "step": "training",
+    "handed_over": "starting workers",
+    "worker_failed": "restarting",
+    "waiting": "waiting for machines",
+    "resized": "starting workers",
+    "finished": "finishing",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        doing: in a word or three.
+        step: the last logged one; ``max_steps`` is the limit, if there is one.
+        done: the part of the run that is done, in [0, 1], by the limit that will end it first.
+        loss, tokens_per_second: of the last logged step; None before there is one.
+        left: from the last logged step on; None where it is not known well enough.
+    """
+
+    doing: str = "starting workers"
+    step: int = 0
+    max_steps: int | None = None
+    done: float = 0.0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    left: Left | None = None
+
+
+@dataclass(frozen=True)
+class News:
+    """An event, its line for a person (None: it has nothing to say to one), and the state after."""
+
+    event: dict[str, Any]
+    line: str | None
+    level: Level
+    status: Status
 
 
 class Tail:
@@ -43,11 +95,20 @@ class Tail:
 
 
 class Narrator:
-    """Turns events into lines; remembers the pace, for the time that is left."""
+    """Turns events into news; remembers the pace, for the time that is left.
 
-    def __init__(self, config: RunConfig) -> None:
+    Args:
+        past: what the run logged before, oldest first.
+    """
+
+    def __init__(self, config: RunConfig, past: Iterable[dict[str, Any]] = ()) -> None:
         self._config = config
-        self._previous: tuple[int, float] | None = None
+        self._time_left = TimeLeft(config.trainer)
+        self._status = Status(max_steps=config.trainer.max_steps)
+        self._stale = 0  # validations, or scores, since the best one
+        for event in past:
+            self._count_stale(event)
+        self._restarts, self._down_s = 0, 0.0
         self.last_step = 0
         self.reason: str | None = None
         self.valid_nll: float | None = None
@@ -63,34 +124,72 @@ class Narrator:
             "rewound": self._rewound,
             "handed_over": self._handed_over,
             "worker_failed": self._worker_failed,
+            "recovered": self._recovered,
             "waiting": self._waiting,
             "resized": self._resized,
             "evaluated": self._evaluated,
             "finished": self._finished,
         }
 
+    def hear(self, event: dict[str, Any]) -> News:
+        """What an event of the run says to a person; events come in the order of the log."""
+        kind = str(event.get("event"))
+        if isinstance(event.get("step"), int) and kind in self._tellers and kind not in _BELATED:
+            self.last_step = event["step"]
+        self._time_left.hear(event)
+        self._count_stale(event)
+        self._status = self._status_after(kind, event)
+        teller = self._tellers.get(kind)
+        level: Level = "warning" if kind in _WARNINGS else "info"
+        if event.get("final"):
+            level = "error"
+        return News(event, teller(event) if teller is not None else None, level, self._status)
+
     def line(self, event: dict[str, Any]) -> str | None:
         """The line for an event, or None where it has nothing to say to a person."""
-        teller = self._tellers.get(str(event.get("event")))
-        if teller is None:
-            return None
-        # A checkpoint is told of when it is committed, steps after the one that it holds.
-        if isinstance(event.get("step"), int) and event["event"] not in {
-            "checkpoint",
-            "save_failed",
-            "evaluated",
-        }:
-            self.last_step = event["step"]
-        return teller(event)
+        return self.hear(event).line
+
+    def _status_after(self, kind: str, event: dict[str, Any]) -> Status:
+        status = replace(
+            self._status, doing=_DOING.get(kind, self._status.doing), step=self.last_step
+        )
+        if kind != "step":
+            return status
+        elapsed_s = event.get("elapsed_s")
+        return replace(
+            status,
+            done=progress(
+                self._config.trainer, steps_done=event["step"], elapsed_s=elapsed_s or 0.0
+            ),
+            loss=event.get("mean_loss"),
+            tokens_per_second=event.get("tokens_per_second"),
+            left=self._time_left.left(),
+        )
+
+    def _count_stale(self, event: dict[str, Any]) -> None:
+        """As the trainer, or who scores the checkpoints, counts: for ``patience``."""
+        kind = event.get("event")
+        judged = "validated" if self._config.trainer.best_by == "loss" else "evaluated"
+        if kind == "started":
+            self._stale = 0
+        elif kind == judged and isinstance(event.get("best"), bool):
+            self._stale = 0 if event["best"] else self._stale + 1
+
+    def _staleness(self) -> str:
+        """How near the run is to stopping early."""
+        patience = self._config.trainer.patience
+        if patience is None or self._stale == 0:
+            return ""
+        return f"; {self._stale} without a better one, the run stops at {patience}"
 
     def _step(self, event: dict[str, Any]) -> str:
-        left = self._seconds_left(event)
+        left = self._status.left
         return (
             f"step {event['step']:>6}  epoch {_number(event.get('epoch'), 'd'):>3}"
             f"  loss {_number(event.get('mean_loss'), '.4f'):>8}"
             f"  {_number(event.get('tokens_per_second'), ',.0f'):>8} tokens/s"
             f"  rate {_number(event.get('learning_rate'), '.2e')}"
-            + (f"  left {duration(left)}" if left is not None else "")
+            + (f"  left {left}" if left is not None else "")
         )
 
     def _validated(self, event: dict[str, Any]) -> str:
@@ -98,6 +197,7 @@ class Narrator:
         return (
             f"step {event['step']:>6}  validated: nll {_number(self.valid_nll, '.4f')}"
             f", perplexity {_number(event.get('perplexity'), '.2f')}"
+            + (self._staleness() if self._config.trainer.best_by == "loss" else "")
         )
 
     def _checkpoint(self, event: dict[str, Any]) -> str:
@@ -110,20 +210,19 @@ class Narrator:
 
     def _evaluated(self, event: dict[str, Any]) -> str:
         best = ", the best so far" if event.get("best") else ""
+        counts = self._config.trainer.best_by == "bleu" and "best" in event
         return (
             f"step {event['step']:>6}  BLEU {_number(event.get('bleu'), '.2f')} on "
-            f"{event.get('test_set')}{best}"
+            f"{event.get('test_set')}{best}{self._staleness() if counts else ''}"
         )
 
     def _started(self, event: dict[str, Any]) -> str:
-        self._previous = None
         return (
             f"started: {event.get('parameters', 0):,} parameters, "
             f"{event.get('steps_per_epoch', 0):,} steps an epoch"
         )
 
     def _resumed(self, event: dict[str, Any]) -> str:
-        self._previous = None
         passed_over = "".join(
             f"passed over the checkpoint of step {step}: {'; '.join(why)}\n"
             for step, why in event.get("passed_over", {}).items()
@@ -180,24 +279,22 @@ class Narrator:
             return f"{change}; no checkpoint was saved in time: some steps will be done again"
         return change
 
+    def _recovered(self, event: dict[str, Any]) -> str:
+        seconds = event.get("seconds")
+        self._restarts += 1
+        self._down_s += seconds or 0.0
+        return (
+            f"step {event['step']:>6}  training again, {_number(seconds, '.1f')} s after the "
+            "workers failed"
+        )
+
     def _finished(self, event: dict[str, Any]) -> str:
         self.reason = event.get("reason")
-        return f"step {self.last_step:>6}  finished: {self.reason}"
-
-    def _seconds_left(self, event: dict[str, Any]) -> float | None:
-        """What is left to the nearer of the two limits, at the pace since the last logged step."""
-        step, elapsed_s = event["step"], event.get("elapsed_s")
-        if elapsed_s is None:
-            return None
-        previous, self._previous = self._previous, (step, elapsed_s)
-        limits = []
-        trainer = self._config.trainer
-        if trainer.max_minutes is not None:
-            limits.append(trainer.max_minutes * 60 - elapsed_s)
-        if trainer.max_steps is not None and previous is not None and step > previous[0]:
-            pace_s = (elapsed_s - previous[1]) / (step - previous[0])
-            limits.append((trainer.max_steps - step) * pace_s)
-        return max(0.0, min(limits)) if limits else None
+        line = f"step {self.last_step:>6}  finished: {self.reason}"
+        if not self._restarts:
+            return line
+        times = "once" if self._restarts == 1 else f"{self._restarts} times"
+        return f"{line}; restarted {times}, {duration(self._down_s)} without training"
 
 
 def duration(seconds: float) -> str:

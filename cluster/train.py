@@ -6,6 +6,7 @@ checkpoint. Ray's own state lies in a hidden folder of the run and decides nothi
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -19,13 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster import session
+from cluster import session, targets
 from cluster.failures import explain, failures_path, is_stop
 from cluster.naming import claim, clear, logs_dir, write_config
-from cluster.progress import Narrator, Tail
+from cluster.progress import Narrator, News, Tail
 from cluster.ranks import Task
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import STOP_FILE, RunConfig
+from trainer.storage import write_atomically
 
 if TYPE_CHECKING:
     from cluster.validation_bleu import Scorer
@@ -57,6 +59,7 @@ def start(
     overwrite: bool = False,
     dashboard_port: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    tell: Callable[[News], None] | None = None,
     train: Callable[..., object] | None = None,
 ) -> Outcome:
     """Train until the run ends, is stopped by a signal, or fails.
@@ -72,6 +75,7 @@ def start(
         overwrite: remove what an earlier run of this name left.
         dashboard_port: for the page of a Ray of our own; by default the first free one.
         say: takes each line for the person who watches.
+        tell: takes each event of the run; by default their lines go to ``say``.
         train: replaces ``trainer.loop.train``, for tests.
 
     Raises:
@@ -110,6 +114,7 @@ def start(
                 workers = max(1, min(int(ray_session.num_gpus), config.data.lanes))
             _check_resources(ray_session, workers)
             write_config(config, run_dir)
+            _note_session(run_dir, ray_session)
             if ray_session.dashboard_url:
                 say(f"Ray dashboard: {ray_session.dashboard_url}")
             say(f"training {run_dir} on {_described(workers)}")
@@ -124,7 +129,10 @@ def start(
                 task, workers, use_gpu=ray_session.num_gpus > 0, is_local=ray_session.is_local
             )
             scorer = _scorer(config, run_dir, say)
-            narrator = _watch(fit, scorer, config, run_dir, interrupts, say)
+            try:
+                narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
+            finally:
+                targets.remove(run_dir)
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt
@@ -143,40 +151,64 @@ def start(
         )
 
 
+def _note_session(run_dir: Path, ray_session: session.Session) -> None:
+    """Where the run's Ray is, for whoever looks at it from another terminal."""
+    values = {
+        "dashboard_url": ray_session.dashboard_url,
+        "is_local": ray_session.is_local,
+        "address": None if ray_session.is_local else os.environ.get("RAY_ADDRESS"),
+        "pid": os.getpid(),
+        "host": os.uname().nodename,
+        "time": time.time(),
+    }
+    write_atomically(run_dir / "ray.json", json.dumps(values, indent=2) + "\n")
+
+
 def _watch(
     fit: _Fit,
     scorer: Scorer | None,
     config: RunConfig,
     run_dir: Path,
     interrupts: _Interrupts,
-    say: Callable[[str], None],
+    tell: Callable[[News], None],
 ) -> Narrator:
     """Start ``fit`` and tell what the run logs until it ends, or is to end at once."""
-    narrator = Narrator(config)
+    narrator = Narrator(config, past=_past(config, run_dir))
     tails = Tail(run_dir / "events.jsonl"), Tail(failures_path(run_dir))
     fit.start()
 
-    def tell() -> None:
+    def relay() -> None:
         for tail in tails:
             for event in tail.read():
                 if scorer is not None:
                     scorer.hear(event)
-                line = narrator.line(event)
-                if line is not None:
-                    say(line)
+                tell(narrator.hear(event))
 
     is_over = False
     while not is_over:
         fit.join(_POLL_S)
         is_over = interrupts.at_once or not fit.is_alive()  # then what is logged is complete
         interrupts.repeat()
-        tell()
+        relay()
         if scorer is not None and not is_over:
             scorer.poll()
     if scorer is not None:
         scorer.finish(lambda: fit.error is not None or interrupts.signal is not None)
-        tell()
+        relay()
     return narrator
+
+
+def _lines_to(say: Callable[[str], None]) -> Callable[[News], None]:
+    return lambda news: say(news.line) if news.line is not None else None
+
+
+def _past(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
+    """What the run logged before, where that decides when it stops."""
+    if config.trainer.patience is None:
+        return []
+    from trainer.run import read_events
+
+    return read_events(run_dir)
 
 
 def _scorer(config: RunConfig, run_dir: Path, say: Callable[[str], None]) -> Scorer | None:

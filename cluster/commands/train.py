@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
+from cluster.console import LOG_FORMAT_VARIABLE, LOG_FORMATS, LogFormat, errors_told, open_console
 from cluster.options import (
     config_option,
     json_option,
     mirror_option,
     print_json,
     runs_option,
-    say,
     set_option,
     with_mirror,
 )
@@ -65,6 +65,17 @@ def _workers(
     metavar="PORT",
     help="Port of the Ray dashboard on this machine; by default the first free one from 8265 on.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="auto",
+    show_default=True,
+    envvar=LOG_FORMAT_VARIABLE,
+    show_envvar=True,
+    help="How the run is told of on standard error. auto: a live line on a terminal, else text; "
+    "text: lines, those of steps at most every 30 seconds; json: each event as one JSON object a "
+    "line, for log collectors.",
+)
 @json_option
 def train(
     config_file: Path | None,
@@ -76,6 +87,7 @@ def train(
     runs: Path,
     mirror: str | None,
     dashboard_port: int | None,
+    log_format: LogFormat,
     as_json: bool,
 ) -> None:
     """Train a model; prepare its corpus first if that was not done yet.
@@ -96,32 +108,37 @@ def train(
     from cluster import naming
     from cluster.train import check_lanes, start
 
-    config, name = naming.open_run(
-        config_file,
-        with_mirror(settings, mirror),
-        name,
-        runs=runs,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    check_lanes(config, workers)
-    from data_shards.shards import prepare
+    console = open_console(log_format)
+    with errors_told(console), console:
+        config, name = naming.open_run(
+            config_file,
+            with_mirror(settings, mirror),
+            name,
+            runs=runs,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        console.name(name)
+        check_lanes(config, workers)
+        from data_shards.shards import prepare
 
-    prepare(config.data, progress=say)  # at once, if it is prepared already
-    outcome = start(
-        config,
-        name,
-        runs=runs,
-        workers=workers,
-        overwrite=overwrite,
-        dashboard_port=dashboard_port,
-        say=say,
-    )
+        prepare(config.data, progress=console.say)  # at once, if it is prepared already
+        console.begin()
+        outcome = start(
+            config,
+            name,
+            runs=runs,
+            workers=workers,
+            overwrite=overwrite,
+            dashboard_port=dashboard_port,
+            say=console.say,
+            tell=console.tell,
+        )
     if as_json:
         print_json({"run": name, **dataclasses.asdict(outcome)})
     if outcome.signal is not None:
-        say(f"stopped at step {outcome.step}; go on: babelray train --name {name} --resume")
+        console.say(f"stopped at step {outcome.step}; go on: babelray train --name {name} --resume")
         raise click.exceptions.Exit(128 + outcome.signal)
     if not as_json:
         click.echo(f"{outcome.run_dir}: finished ({outcome.reason})")
-        say(f"next: babelray evaluate {name}")
+        console.say(f"next: babelray evaluate {name}")

@@ -68,29 +68,15 @@ def test_a_step_in_one_line() -> None:
     assert "left" not in line  # one point is no pace
 
 
-def test_time_left_follows_the_latest_pace() -> None:
-    told = narrator("trainer.max_steps=100")
-    told.line(step(10, 60.0))  # slow at first
-    line = told.line(step(20, 70.0))
-    assert line is not None
-    assert line.endswith("left 1:20")  # 80 steps at 1 s
-
-
-def test_time_left_obeys_the_nearer_limit() -> None:
+def test_a_step_says_how_much_time_is_left_once_it_is_known() -> None:
     told = narrator("trainer.max_steps=1000", "trainer.max_minutes=2")
-    told.line(step(10, 10.0))
-    line = told.line(step(20, 20.0))
+    line = told.line(step(10, 10.0))
     assert line is not None
-    assert line.endswith("left 1:40")
-
-
-def test_pace_is_not_measured_across_a_restart() -> None:
-    told = narrator("trainer.max_steps=100")
-    told.line(step(50, 50.0))
-    told.line({"event": "resumed", "step": 40})
-    line = told.line(step(60, 55.0))
+    assert line.endswith("left 2 min")
+    for number in (20, 30, 40):
+        line = told.line(step(number, number * 0.1 + 9))
     assert line is not None
-    assert "left" not in line
+    assert line.endswith("left at least 2 min")  # 960 steps at 0.1 s
 
 
 def test_a_loss_that_json_cannot_hold_is_a_dash() -> None:
