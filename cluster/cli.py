@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from cluster.commands.attention import attention
+from cluster.commands.dashboard import dashboard
 from cluster.commands.data import data
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
@@ -69,7 +70,19 @@ def cli() -> None:
     """
 
 
-for _command in (data, train, evaluate, translate, export, report, attention, serve, status, logs):
+for _command in (
+    data,
+    train,
+    evaluate,
+    translate,
+    export,
+    report,
+    attention,
+    serve,
+    status,
+    logs,
+    dashboard,
+):
     cli.add_command(_command)
 
 

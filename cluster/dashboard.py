@@ -1,0 +1,433 @@
+"""Prometheus and Grafana beside runs on this machine: their configuration, and their processes.
+
+Both are programs of their own that may or may not be installed. What is started here listens on the
+loopback interface alone, keeps its files in ``<runs>/.prometheus`` and ends with the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from cluster.naming import is_claimed
+from cluster.status import run_folders, scrape_targets
+from data_shards.errors import RunFailedError, UserError
+
+LOOPBACK = "127.0.0.1"
+PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
+
+# Ray's dashboard embeds whole dashboards of Grafana by their uid, in two tabs: "Core" and "Ray
+# Data". No run trains with Ray Data, so its tab can be given to ours, and Ray's own stay in theirs.
+RUN_DASHBOARD_UID = "babelray-run"
+
+# As Ray names it in its links: RAY_PROMETHEUS_NAME.
+_DATASOURCE = "Prometheus"
+
+_MONITORING = Path(__file__).resolve().parents[1] / "k8s" / "monitoring"
+_RAY_DISCOVERY = "prom_metrics_service_discovery.json"
+
+_SCRAPE_INTERVAL = "5s"
+# Ray's file is a link that changes where no watch of Prometheus sees it.
+_DISCOVERY_INTERVAL = "15s"
+
+# Where Grafana's packages for Debian and Red Hat put it.
+_GRAFANA_HOME = Path("/usr/share/grafana")
+
+_ANSWER_S = 2.0
+_START_S = 30.0
+_STOP_S = 10.0
+_POLL_S = 0.2
+_RETENTION = "30d"
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """Where to look at a run that is being trained."""
+
+    name: str
+    dashboard_url: str | None
+    is_local: bool
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The configuration in a folder, and what it had to do without."""
+
+    prometheus: Path
+    grafana: Path
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A program to start: its name, its page, its arguments, its log."""
+
+    name: str
+    url: str
+    ready_path: str
+    arguments: tuple[str, ...]
+    log: Path
+
+
+def live_runs(runs: Path) -> list[LiveRun]:
+    """The runs under ``runs`` that a command trains now."""
+    found = []
+    for folder in run_folders(runs):
+        if not is_claimed(folder):
+            continue
+        try:
+            ray = json.loads((folder / "ray.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            ray = {}  # it is only starting
+        found.append(
+            LiveRun(
+                folder.name,
+                ray.get("dashboard_url"),
+                bool(ray.get("is_local", True)),
+                tuple(scrape_targets(folder)),
+            )
+        )
+    return found
+
+
+def write_config(folder: Path, runs: Path, *, prometheus_url: str, grafana_port: int) -> Written:
+    """Write ``prometheus.yml`` with its alerts, and Grafana's configuration, into ``folder``.
+
+    Args:
+        folder: made if it is not there; files of an earlier call are replaced.
+        runs: the folder of runs whose metrics are to be scraped.
+        prometheus_url: where Grafana finds that Prometheus.
+        grafana_port: where Grafana is to listen, on the loopback interface.
+    """
+    folder, missing = folder.absolute(), []
+    grafana = folder / "grafana"
+    shutil.rmtree(grafana / "dashboards", ignore_errors=True)
+    for name in ("dashboards/babelray", "dashboards/ray", "provisioning/datasources"):
+        (grafana / name).mkdir(parents=True, exist_ok=True)
+    for name in ("dashboards", "plugins", "alerting"):
+        (grafana / "provisioning" / name).mkdir(exist_ok=True)
+    alerts = _MONITORING / "alerts.yaml"
+    if alerts.is_file():
+        shutil.copyfile(alerts, folder / "alerts.yaml")
+    else:
+        (folder / "alerts.yaml").unlink(missing_ok=True)
+        missing.append(f"no alerts: {alerts} is not there (take it from the source tree)")
+    prometheus = folder / "prometheus.yml"
+    _write_yaml(prometheus, prometheus_config(runs, has_alerts=alerts.is_file()))
+    dashboards = sorted((_MONITORING / "dashboards").glob("*.json"))
+    for file in dashboards:
+        shutil.copyfile(file, grafana / "dashboards" / "babelray" / file.name)
+    if not dashboards:
+        missing.append(f"no panels: {_MONITORING / 'dashboards'} holds none (take the source tree)")
+    for name, content in _ray_dashboards().items():
+        (grafana / "dashboards" / "ray" / f"{name}.json").write_text(content, encoding="utf-8")
+    _write_yaml(grafana / "provisioning/datasources/babelray.yml", _datasources(prometheus_url))
+    _write_yaml(grafana / "provisioning/dashboards/babelray.yml", _providers(grafana))
+    (grafana / "grafana.ini").write_text(_grafana_ini(grafana, grafana_port), encoding="utf-8")
+    return Written(prometheus, grafana, tuple(missing))
+
+
+def prometheus_config(runs: Path, *, has_alerts: bool) -> dict[str, Any]:
+    """Prometheus' configuration for the runs of a folder and Ray's own metrics on this machine."""
+    config: dict[str, Any] = {
+        "global": {
+            "scrape_interval": _SCRAPE_INTERVAL,
+            "scrape_timeout": _SCRAPE_INTERVAL,
+            "evaluation_interval": _SCRAPE_INTERVAL,
+        },
+        "scrape_configs": [
+            _discovered("babelray", targets_pattern(runs)),
+            _discovered("ray", str(_ray_folder() / _RAY_DISCOVERY)),
+        ],
+    }
+    if has_alerts:
+        config["rule_files"] = ["alerts.yaml"]  # beside the configuration
+    return config
+
+
+def targets_pattern(runs: Path) -> str:
+    """The files in which runs say where their metrics are, as Prometheus reads them."""
+    return str(runs.absolute() / ".prometheus" / "*.json")
+
+
+def ray_environment(*, prometheus_port: int, grafana_port: int) -> dict[str, str]:
+    """What a Ray must find in its environment for its Metrics page to embed our panels.
+
+    Values that Ray takes by itself are left out.
+    """
+    environment = {"RAY_GRAFANA_DATA_DASHBOARD_UID": RUN_DASHBOARD_UID}
+    if prometheus_port != PROMETHEUS_PORT:
+        environment["RAY_PROMETHEUS_HOST"] = f"http://{LOOPBACK}:{prometheus_port}"
+    if grafana_port != GRAFANA_PORT:
+        environment["RAY_GRAFANA_HOST"] = f"http://{LOOPBACK}:{grafana_port}"
+    return environment
+
+
+def prometheus_at(port: int, runs: Path) -> bool:
+    """Whether a Prometheus that scrapes these runs answers there already.
+
+    Raises:
+        UserError: the port is in use by something else.
+    """
+    if not _in_use(port):
+        return False
+    answer = _ask(f"http://{LOOPBACK}:{port}/api/v1/status/config")
+    try:
+        config = yaml.safe_load(answer["data"]["yaml"]) if answer else None
+        patterns = [
+            pattern
+            for job in config["scrape_configs"]
+            for discovery in job.get("file_sd_configs", [])
+            for pattern in discovery["files"]
+        ]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--port {port}: something else listens there: give another port") from None
+    if targets_pattern(runs) in patterns:
+        return True
+    raise UserError(
+        f"--port {port}: a Prometheus answers there that does not scrape {runs}: give another "
+        "port, or take our jobs into its configuration (babelray dashboard --write-config DIR)"
+    )
+
+
+def grafana_at(port: int) -> bool:
+    """Whether a Grafana answers there already; whose panels it has cannot be seen.
+
+    Raises:
+        UserError: the port is in use by something else.
+    """
+    if not _in_use(port):
+        return False
+    answer = _ask(f"http://{LOOPBACK}:{port}/api/health")
+    if not isinstance(answer, dict) or "database" not in answer:
+        raise UserError(f"--grafana-port {port}: something else listens there: give another port")
+    return True
+
+
+def prometheus_server(program: str, written: Written, folder: Path, port: int) -> Server:
+    """The Prometheus to start, with its data in ``folder``."""
+    return Server(
+        "Prometheus",
+        f"http://{LOOPBACK}:{port}",
+        "/-/ready",
+        (
+            program,
+            f"--config.file={written.prometheus}",
+            f"--storage.tsdb.path={folder.absolute() / 'data'}",
+            f"--storage.tsdb.retention.time={_RETENTION}",
+            f"--web.listen-address={LOOPBACK}:{port}",
+        ),
+        folder / "prometheus.log",
+    )
+
+
+def grafana_server(program: str, written: Written, folder: Path, port: int) -> Server:
+    """The Grafana to start; its configuration says where everything is."""
+    home = _grafana_home(Path(program))
+    return Server(
+        "Grafana",
+        f"http://{LOOPBACK}:{port}",
+        "/api/health",
+        (
+            program,
+            *(["server"] if Path(program).name == "grafana" else []),
+            f"--config={written.grafana / 'grafana.ini'}",
+            *([f"--homepath={home}"] if home else []),
+        ),
+        folder / "grafana.log",
+    )
+
+
+def find_grafana() -> str | None:
+    """The program to start; of a package, the program itself rather than its wrapper, which would
+    bring the configuration of the system's own Grafana.
+    """
+    packaged = shutil.which(_GRAFANA_HOME / "bin" / "grafana")
+    return packaged or shutil.which("grafana") or shutil.which("grafana-server")
+
+
+def start(server: Server) -> subprocess.Popen[bytes]:
+    """Start a program and wait until it answers.
+
+    Raises:
+        RunFailedError: it ended instead, or is silent; the message has its last words.
+    """
+    with server.log.open("ab") as log:
+        process = subprocess.Popen(
+            server.arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C is for the command, which ends it
+        )
+    deadline = time.monotonic() + _START_S
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if _ask(server.url + server.ready_path, as_json=False) is not None:
+                return process
+            time.sleep(_POLL_S)
+    except BaseException:
+        stop([process])
+        raise
+    code = process.poll()
+    stop([process])
+    words = server.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    what = f"does not answer after {_START_S:.0f} s" if code is None else f"ended with {code}"
+    raise RunFailedError(
+        f"{server.name} {what}: {words[-1] if words else 'it said nothing'} (log: {server.log})"
+    )
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what was started, politely at first."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _STOP_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _discovered(job: str, pattern: str) -> dict[str, Any]:
+    return {
+        "job_name": job,
+        "file_sd_configs": [{"files": [pattern], "refresh_interval": _DISCOVERY_INTERVAL}],
+    }
+
+
+def _ray_folder() -> Path:
+    """Where a Ray on this machine leaves its discovery file."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"  # noqa: S108
+
+
+def _ray_dashboards() -> dict[str, str]:
+    """Ray's own dashboards: its pages embed the first, and nothing else has the second."""
+    from ray.dashboard.modules.metrics.grafana_dashboard_factory import (
+        generate_default_grafana_dashboard,
+        generate_train_grafana_dashboard,
+    )
+
+    return {
+        "ray-core": generate_default_grafana_dashboard()[0],
+        "ray-train": generate_train_grafana_dashboard()[0],
+    }
+
+
+def _datasources(prometheus_url: str) -> dict[str, Any]:
+    source = {
+        "name": _DATASOURCE,
+        "type": "prometheus",
+        "access": "proxy",
+        "url": prometheus_url,
+        "isDefault": True,
+        "jsonData": {"timeInterval": _SCRAPE_INTERVAL},
+    }
+    return {"apiVersion": 1, "datasources": [source]}
+
+
+def _providers(grafana: Path) -> dict[str, Any]:
+    return {
+        "apiVersion": 1,
+        "providers": [
+            {
+                "name": title,
+                "folder": title,
+                "type": "file",
+                "options": {"path": str(grafana / "dashboards" / title.lower())},
+            }
+            for title in ("babelray", "Ray")
+        ],
+    }
+
+
+def _grafana_ini(grafana: Path, port: int) -> str:
+    """Anybody on this machine may look, nobody may change, and nothing is fetched or sent."""
+    return f"""\
+[server]
+http_addr = {LOOPBACK}
+http_port = {port}
+
+[paths]
+data = {grafana / "data"}
+logs = {grafana / "logs"}
+plugins = {grafana / "plugins"}
+provisioning = {grafana / "provisioning"}
+
+[security]
+allow_embedding = true
+disable_initial_admin_creation = true
+
+[auth]
+disable_login_form = true
+
+[auth.anonymous]
+enabled = true
+org_role = Viewer
+
+[dashboards]
+default_home_dashboard_path = {grafana / "dashboards" / "babelray" / "run.json"}
+
+[analytics]
+reporting_enabled = false
+check_for_updates = false
+check_for_plugin_updates = false
+
+[plugins]
+preinstall_disabled = true
+
+[news]
+news_feed_enabled = false
+"""
+
+
+def _grafana_home(program: Path) -> Path | None:
+    """The folder with Grafana's page and defaults, which it does not find by itself."""
+    places = (
+        program.resolve().parents[1],
+        _GRAFANA_HOME,
+        Path("/usr/local/share/grafana"),
+        Path("/opt/homebrew/share/grafana"),
+    )
+    return next((place for place in places if (place / "conf" / "defaults.ini").is_file()), None)
+
+
+def _in_use(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return True
+    return False
+
+
+def _ask(url: str, *, as_json: bool = True) -> Any:
+    """What a program on this machine answers, None if nothing or nothing sensible."""
+    try:
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy leads to this machine
+            response = session.get(url, timeout=_ANSWER_S)
+        if response.status_code != 200:
+            return None
+        return response.json() if as_json else response.text
+    except (requests.RequestException, ValueError):
+        return None
+
+
+def _write_yaml(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
