@@ -29,6 +29,7 @@ CHANGEABLE = frozenset(
         "trainer.max_steps", "trainer.max_minutes", "trainer.patience", "trainer.log_every",
         "trainer.validate_every", "trainer.checkpoint_every", "trainer.keep_checkpoints",
         "trainer.bleu_every", "trainer.best_by", "trainer.ema_decay",
+        "trainer.stragglers", "trainer.peak_flops", "trainer.trackers",
         "trainer.threads", "trainer.metrics_host", "trainer.metrics_port", "trainer.zero_stage",
         "recovery.storage", "recovery.staging", "recovery.save_attempts", "recovery.save_backoff_s",
         "recovery.max_failures", "recovery.hang_timeout_s", "recovery.grace_s",
@@ -211,6 +212,18 @@ def _stored_elsewhere(run_dir: Path, recovery: RecoveryConfig) -> bool:
 def logs_dir(run_dir: Path) -> Path:
     """Where workers, driver and controller of a run leave their logs."""
     return run_dir / "logs"
+
+
+def is_claimed(run_dir: Path) -> bool:
+    """Whether a process holds the run's folder now: it is being trained."""
+    try:
+        with (run_dir / _LOCK).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -30,9 +31,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
+from cluster.exporter import Exporter, Shelf, Target
 from cluster.failures import RankDiedError
 from cluster.naming import logs_dir
 from trainer.config import RunConfig
+from trainer.metrics import Slot
 from trainer.watchdog import COLLECTIVE_TIMEOUTS
 
 logger = logging.getLogger(__name__)
@@ -68,10 +71,13 @@ class RankServer:
 
     Args:
         warm: fork from a process that has imported everything; else start each from nothing.
+        metrics: where the machine's metrics are served; None serves none.
     """
 
-    def __init__(self, *, warm: bool) -> None:
+    def __init__(self, *, warm: bool, metrics: Target | None = None) -> None:
         self._warm = warm
+        self._shelf = None if metrics is None else Shelf(metrics)
+        self._exporter = None if metrics is None else Exporter(metrics.host, metrics.port)
         self._context: Any = multiprocessing.get_context("forkserver" if warm else "spawn")
         # multiprocessing would run the main module anew in each child, which here is Ray's worker.
         sys.modules["__main__"].__dict__.pop("__file__", None)
@@ -88,6 +94,13 @@ class RankServer:
             process.start()
             process.join()
 
+    def close(self) -> None:
+        """Take the run's metrics away."""
+        if self._exporter is not None:
+            self._exporter.close()
+        if self._shelf is not None:
+            self._shelf.close()
+
     def run(
         self, task: bytes, place: Place, environment: dict[str, str], supervisor_pid: int
     ) -> object:
@@ -101,10 +114,21 @@ class RankServer:
         Raises:
             RankDiedError: the process ended without a word.
         """
+        with self._shelf.slot() if self._shelf else nullcontext() as slot:
+            return self._run(task, place, environment, supervisor_pid, slot)
+
+    def _run(
+        self,
+        task: bytes,
+        place: Place,
+        environment: dict[str, str],
+        supervisor_pid: int,
+        slot: Slot | None,
+    ) -> object:
         receiver, sender = self._context.Pipe(duplex=False)
         process: BaseProcess = self._context.Process(
             target=_main,
-            args=(sender, task, place, environment, (supervisor_pid, os.getpid())),
+            args=(sender, task, place, environment, (supervisor_pid, os.getpid()), slot),
             name=f"babelray rank {place.rank}",
             daemon=True,
         )
@@ -117,6 +141,9 @@ class RankServer:
             outcome = _receive(receiver)
         finally:
             receiver.close()
+            process.join(_LAST_WORDS_S)
+            if process.is_alive():
+                process.kill()  # its slot is about to be another's
         if outcome is None:
             process.join()
             raise RankDiedError(place.rank, int(process.pid or 0), int(process.exitcode or 0))
@@ -153,6 +180,7 @@ def _main(
     place: Place,
     environment: dict[str, str],
     guardians: tuple[int, ...],
+    slot: Slot | None,
 ) -> None:
     """A rank's process."""
     _end_with(guardians)
@@ -166,7 +194,7 @@ def _main(
     )
     outcome: tuple[bool, Any]
     try:
-        outcome = True, _train(pickle.loads(task), place)  # noqa: S301
+        outcome = True, _train(pickle.loads(task), place, slot)  # noqa: S301
     except BaseException as error:
         outcome = False, _portable(error)
     sender.send_bytes(pickle.dumps(outcome))
@@ -187,7 +215,7 @@ def _portable(error: BaseException) -> BaseException:
     return RuntimeError("".join(traceback.format_exception_only(error)).strip())
 
 
-def _train(task: Task, place: Place) -> object:
+def _train(task: Task, place: Place, slot: Slot | None) -> object:
     handler = _log_to(logs_dir(task.run_dir) / f"rank-{place.rank:03d}.log")
     try:
         logger.info(
@@ -219,6 +247,7 @@ def _train(task: Task, place: Place) -> object:
             local_rank=place.local_rank % max(1, torch.cuda.device_count()),
             # A fresh run has no checkpoint to resume from; a group that was restarted has.
             resume=True,
+            slot=slot,
         )
     except BaseException:
         logger.exception("rank %d failed", place.rank)

@@ -214,8 +214,12 @@ def check_ports(*, dashboard_port: int | None, metrics_host: str, metrics_port: 
             f"the first free one from {DEFAULT_DASHBOARD_PORT} on"
         )
     if metrics_port and (problem := _in_use(metrics_host, metrics_port)):
+        from cluster.exporter import is_served
+
+        if is_served(metrics_host, metrics_port):
+            return  # by another run, which serves this one's, too
         raise UserError(
-            f"trainer.metrics_port {metrics_port}: {problem}, perhaps by another run: choose "
+            f"trainer.metrics_port {metrics_port}: {problem}: choose "
             f"another with --set trainer.metrics_port={metrics_port + 1}, or 0 for no metrics"
         )
 

@@ -13,6 +13,8 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import targets
+from cluster.exporter import Target
 from cluster.ranks import Place, RankServer, Task, end_with_parent
 from trainer.control import HOLD_FILE
 
@@ -55,7 +57,19 @@ def rank_server(task: Task, node_id: str) -> Any:
             max_concurrency=_RANKS_A_MACHINE,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        .remote(warm=task.config.recovery.standby)
+        .remote(warm=task.config.recovery.standby, metrics=_target(task))
+    )
+
+
+def _target(task: Task) -> Target | None:
+    trainer = task.config.trainer
+    if not trainer.metrics_port:
+        return None
+    return Target(
+        run=task.run_dir.name,
+        host=trainer.metrics_host,
+        port=trainer.metrics_port,
+        started=task.commanded_at,
     )
 
 
@@ -73,9 +87,9 @@ def prepare(task: Task, node_id: str) -> Callable[[], bool]:
 class _RankServer(RankServer):
     """As an actor."""
 
-    def __init__(self, *, warm: bool) -> None:
+    def __init__(self, *, warm: bool, metrics: Target | None) -> None:
         end_with_parent()
-        super().__init__(warm=warm)
+        super().__init__(warm=warm, metrics=metrics)
 
 
 def _preempted() -> bool:
@@ -105,6 +119,14 @@ class ServersCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
         # Those of machines that are gone go too; those kept stay alive through their handles. Asked
         # for each time, so that one that has died is replaced.
         self._servers = {node: rank_server(self._task, node) for node in nodes}
+        trainer = self._task.config.trainer
+        if trainer.metrics_port:
+            targets.write(
+                self._task.run_dir,
+                (worker.metadata.node_ip for worker in worker_group.get_workers()),
+                host=trainer.metrics_host,
+                port=trainer.metrics_port,
+            )
 
 
 class _Rendezvous(Backend):  # type: ignore[misc]

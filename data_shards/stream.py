@@ -37,7 +37,8 @@ class Batch:
     """One lane's share of a step. All tensors are int64, padded with ``PAD_ID`` on the right.
 
     ``target_in_BT`` is BOS and the pieces, ``target_out_BT`` the pieces and EOS. Token counts
-    include end signs and leave padding out.
+    include end signs and leave padding out. ``length_products`` are the sums over pairs with s
+    source and t target tokens of s*s, s*t and t*t: what attention computes.
     """
 
     source_BS: Tensor  # noqa: N815 - shape suffix
@@ -47,6 +48,7 @@ class Batch:
     num_pairs: int
     num_source_tokens: int
     num_target_tokens: int
+    length_products: tuple[int, int, int]
     data_hash: int
 
 
@@ -155,14 +157,16 @@ class BatchSource:
         rows = planned.rows
         source_BS = window.source.padded(rows, planned.source_length)
         target_out_BT = window.target.padded(rows, planned.target_length)
+        s, t = window.source.lengths(rows), window.target.lengths(rows)
         return Batch(
             source_BS=torch.from_numpy(source_BS),
-            target_in_BT=torch.from_numpy(_shifted(target_out_BT, window.target.lengths(rows))),
+            target_in_BT=torch.from_numpy(_shifted(target_out_BT, t)),
             target_out_BT=torch.from_numpy(target_out_BT),
             lane=planned.lane,
             num_pairs=len(rows),
             num_source_tokens=planned.num_source_tokens,
             num_target_tokens=planned.num_target_tokens,
+            length_products=(int(s @ s), int(s @ t), int(t @ t)),
             # Of the blocks that were read, not of the plan: it proves what was trained on.
             data_hash=data_hash(planned.step, planned.lane, window.pair_ids[rows]),
         )

@@ -7,6 +7,9 @@ al. 2022, arXiv 2204.02311, appendix B). Padding is not counted: it is no use to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from model.config import ModelConfig
 
 # Dense peak, in operations a second, from the vendors' data sheets (SXM variants).
@@ -28,58 +31,61 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-def forward_flops(
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-    source_tokens: float,
-    target_tokens: float,
-    num_pairs: float,
-) -> float:
-    """Operations of one forward pass over ``num_pairs`` pairs.
+@dataclass(frozen=True)
+class Work:
+    """What a model is given of some pairs with s source and t target tokens each.
 
-    Args:
-        source_tokens, target_tokens: real tokens on each side, the end signs included. Attention
-            is reckoned at the mean length, and causal attention in full, as it is computed.
+    Sums over the pairs, end signs included: most layers cost by the token, attention by the pair of
+    tokens.
     """
+
+    source: float
+    target: float
+    source_source: float
+    source_target: float
+    target_target: float
+
+    @classmethod
+    def of(cls, source_lengths: Sequence[int], target_lengths: Sequence[int]) -> Work:
+        """Of the pairs' lengths."""
+        pairs = list(zip(source_lengths, target_lengths, strict=True))
+        return cls(
+            source=sum(s for s, _ in pairs),
+            target=sum(t for _, t in pairs),
+            source_source=sum(s * s for s, _ in pairs),
+            source_target=sum(s * t for s, t in pairs),
+            target_target=sum(t * t for _, t in pairs),
+        )
+
+
+def forward_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:
+    """Operations of one forward pass; causal attention counts in full, as it is computed."""
     d = config.d_model
-    source_length, target_length = source_tokens / num_pairs, target_tokens / num_pairs
     feed_forward = 2 * 2 * d * config.d_ff
     projections = 2 * 4 * d * d  # query, key, value, output
-
-    def attention(keys: float) -> float:
-        return 2 * 2 * keys * d  # scores, then the weighted sum
-
-    encoder = projections + feed_forward + attention(source_length)
-    # Cross-attention's keys and values are projected once a source token.
-    cross_source = 2 * 2 * d * d
+    attention = 2 * 2 * d  # for each query and key: scores, then the weighted sum
+    encoder = work.source * (projections + feed_forward) + work.source_source * attention
     decoder = (
-        projections
-        + attention(target_length)
-        + 2 * 2 * d * d
-        + attention(source_length)
-        + feed_forward
+        # Self-attention, and of cross-attention the query and the output ...
+        work.target * (projections + 2 * 2 * d * d + feed_forward)
+        # ... whose keys and values are projected once a source token.
+        + work.source * 2 * 2 * d * d
+        + (work.target_target + work.source_target) * attention
     )
-    return (
-        source_tokens * (config.encoder_layers * encoder + config.decoder_layers * cross_source)
-        + target_tokens * config.decoder_layers * decoder
-        + target_tokens * 2 * d * vocab_size
-    )
+    output = work.target * 2 * d * vocab_size
+    return config.encoder_layers * encoder + config.decoder_layers * decoder + output
 
 
-def training_flops(
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-    source_tokens: float,
-    target_tokens: float,
-    num_pairs: float,
-) -> float:
+def training_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:
     """Operations of forward and backward: the backward pass is two products for each one."""
-    return 3 * forward_flops(
-        config,
-        vocab_size=vocab_size,
-        source_tokens=source_tokens,
-        target_tokens=target_tokens,
-        num_pairs=num_pairs,
-    )
+    return 3 * forward_flops(config, work, vocab_size=vocab_size)
+
+
+def batch_flops(
+    config: ModelConfig,
+    vocab_size: int,
+    source_lengths: Sequence[int],
+    target_lengths: Sequence[int],
+) -> float:
+    """Operations of one forward pass over pairs of these lengths, end signs included."""
+    return forward_flops(config, Work.of(source_lengths, target_lengths), vocab_size=vocab_size)

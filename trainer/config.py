@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_shards.config import DataConfig
 from data_shards.errors import UserError
@@ -98,6 +98,23 @@ class TrainerConfig(BaseModel):
         9400, ge=0, le=65_535, description="Prometheus metrics of this node; 0 serves none"
     )
     metrics_host: str = Field("127.0.0.1", description="address that the metrics are served on")
+    stragglers: bool = Field(True, description="compare the ranks' own time, and tell the slowest")
+    peak_flops: float | None = Field(
+        None,
+        gt=0,
+        description="operations a second of one device, for utilisation; by default the data "
+        "sheet's for a GPU that is known, else measured",
+    )
+    trackers: tuple[str, ...] = Field(
+        (),
+        description="where events go besides events.jsonl: tensorboard, an installed plug-in's "
+        "name, or package.module:factory",
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class RecoveryConfig(BaseModel):

@@ -6,6 +6,7 @@ that a checkpoint must hold. The traps that this file steps around are listed wh
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from data_shards.errors import UserError
 from trainer.config import TrainerConfig
 from trainer.parts import EMA, MOMENTS, WEIGHT
+from trainer.phases import Phases
 
 
 def import_deepspeed() -> Any:
@@ -69,6 +71,38 @@ def deepspeed_config(config: TrainerConfig, *, world_size: int, on_cpu: bool) ->
     elif config.precision == "fp16":
         values["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 14}
     return values
+
+
+# Of DeepSpeed's backend: what its stages 0 to 3 call while training.
+_COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "barrier",
+)
+
+
+def _time_collectives(backend: Any, phases: Phases) -> None:
+    """Let the clock see DeepSpeed's collectives, wherever in a step it makes them.
+
+    Of one that goes on in the background only the call is seen; what is waited for later counts to
+    the phase that waits.
+    """
+    for name in _COLLECTIVES:
+        # From the class, so that a second engine of this process does not wrap the first's wrapper.
+        original = getattr(type(backend), name).__get__(backend)
+
+        def timed(*arguments: Any, _call: Any = original, **named: Any) -> Any:
+            with phases("communication"):
+                return _call(*arguments, **named)
+
+        setattr(backend, name, functools.wraps(original)(timed))
 
 
 def _clips_itself(config: TrainerConfig) -> bool:
@@ -129,6 +163,7 @@ class Engine:
         config: precision, ZeRO stage, Adam's constants and the clipping norm.
         world_size: ranks of the process group, which must be initialised.
         collective_timeout_s: longest wait of a collective before it is an error.
+        phases: the rank's clock; DeepSpeed's collectives count as communication.
     """
 
     def __init__(
@@ -139,6 +174,7 @@ class Engine:
         world_size: int,
         device: torch.device,
         collective_timeout_s: float = 600.0,
+        phases: Phases | None = None,
     ) -> None:
         if config.precision == "fp16" and device.type == "cpu":
             raise UserError(
@@ -152,6 +188,8 @@ class Engine:
             verbose=False,
             timeout=timedelta(seconds=collective_timeout_s),
         )
+        if phases is not None:
+            _time_collectives(deepspeed.comm.comm.cdb, phases)
         assert all(parameter.requires_grad for parameter in module.parameters()), (
             "a frozen parameter would be in no checkpoint"
         )
@@ -192,6 +230,11 @@ class Engine:
         """What is kept of each parameter: ``weight``, Adam's moments, ``ema`` if configured."""
         average = () if self._config.ema_decay is None else (EMA,)
         return (WEIGHT, *MOMENTS, *average)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss by; 1 in other precisions."""
+        return float(self._scaler_state().get("cur_scale", 1.0))
 
     @property
     def module(self) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
 
 from data_shards.errors import RunFailedError
+from trainer.metrics import EVALUATION_GAUGES, EVALUATION_LABELS, PREFIX
 
 if TYPE_CHECKING:
     from trainer.evaluate import Result
@@ -20,28 +21,16 @@ MOST_RESULTS = 100
 _JOB = "babelray_evaluation"
 _TIMEOUT_S = 10.0
 
-# Suffix of the metric, field of the result, what it is.
-_GAUGES = (
-    ("bleu", "bleu", "sacreBLEU's BLEU, 0 to 100."),
-    ("paper_bleu", "paper_bleu", "Tokenised, compound-split BLEU, 0 to 100."),
-    ("chrf", "chrf", "chrF, 0 to 100."),
-    ("ter", "ter", "Translation edit rate, from 0; lower is better."),
-    ("step", "step", "Step of the checkpoint."),
-    ("sentences", "num_sentences", "Sentences of the test set."),
-    ("decoding_seconds", "seconds", "Time spent decoding, over all processes."),
-    ("timestamp_seconds", "time", "Unix time of the evaluation."),
-)
-
 
 def registry(run: str, results: Sequence[Result]) -> CollectorRegistry:
     """The newest results of a run, by test set and checkpoint."""
     collected = CollectorRegistry()
     newest = sorted(results, key=lambda result: result.time)[-MOST_RESULTS:]
-    for suffix, field, text in _GAUGES:
+    for suffix, field, text in EVALUATION_GAUGES:
         gauge = Gauge(
-            f"babelray_evaluation_{suffix}",
+            f"{PREFIX}evaluation_{suffix}",
             text,
-            ["run", "test_set", "checkpoint"],
+            EVALUATION_LABELS,
             registry=collected,
         )
         for result in newest:

@@ -20,11 +20,16 @@ from data_shards.plan import lanes_of_rank
 from data_shards.stream import StepBatches, Stream
 from trainer.config import STOP_FILE, RunConfig
 from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE, Handover
+from trainer.energy import EnergyMeter
 from trainer.events import EventLog
 from trainer.guard import Guard, Reason
-from trainer.metrics import Metrics
+from trainer.interruption import Interruption, interruption
+from trainer.machine import describe, versions
+from trainer.measures import Measured, Measures
+from trainer.metrics import RankMetrics, RunMetrics, Slot
+from trainer.phases import Seconds
 from trainer.rank import Rank
-from trainer.reporter import Reporter, Update
+from trainer.reporter import Reporter, Update, Voices
 from trainer.saver import Saver
 from trainer.saving import NUM_FLAGS, Saving
 from trainer.schedule import learning_rate, progress
@@ -48,6 +53,7 @@ class StepTotals:
     requests: frozenset[str]  # of _REQUESTS
     saving: list[float]
     bad_lanes: list[int]  # whose own loss is not finite
+    measured: Measured
 
 
 class Loop:
@@ -55,22 +61,36 @@ class Loop:
 
     Args:
         rank: prepared, and resumed if there was something to resume from.
-        events, metrics: rank 0's; None elsewhere.
+        voices: through what it tells.
+        interruption: what this attempt comes after, if that was a failure.
     """
 
-    def __init__(self, rank: Rank, events: EventLog | None, metrics: Metrics | None) -> None:
+    def __init__(
+        self, rank: Rank, voices: Voices, interruption: Interruption | None = None
+    ) -> None:
         self.rank, self.config, self.state = rank, rank.config, rank.state
         self.plan, self.engine = rank.plan, rank.engine
         self.guard = Guard(rank.config.recovery, rank.state.guard)
         self.reporter = Reporter(
             rank.config,
-            rank.manifest,
             rank.plan,
             rank.state,
             world_size=rank.world_size,
             device=rank.device,
-            events=events,
-            metrics=metrics,
+            rates=rank.rates,
+            voices=voices,
+            interruption=interruption,
+            valid_bleu=partial(latest_bleu, rank.run_dir),
+        )
+        self.phases = rank.phases
+        self.measures = Measures(
+            rank.config.model,
+            vocab_size=rank.manifest.vocabulary_size,
+            rank=rank.number,
+            world_size=rank.world_size,
+            energy=EnergyMeter(rank.device, local_rank=rank.local_rank),
+            energy_every=rank.config.trainer.log_every,
+            stragglers=rank.config.trainer.stragglers,
         )
 
     def run(self) -> str:
@@ -125,37 +145,47 @@ class Loop:
         clock_offset_s = state.elapsed_s - time.monotonic()
         self.engine.train()
         reason = None
+        self.phases.lap()  # what came before is no step
+        lap = None
         with stream:
             while reason is None:
                 self.rank.watchdog.beat()
                 self.rank.phase = "waiting for data"
-                began = time.monotonic()
-                batches = next(stream)
-                waited_s = time.monotonic() - began
-                totals = self._accumulate(batches, clock_offset_s)
+                with self.phases("data_wait"):
+                    batches = next(stream)
+                totals = self._accumulate(batches, clock_offset_s, lap)
                 self.saving.hear(*totals.saving)
-                self._update(totals, batches.step, waited_s)
+                self._update(totals, batches.step, lap)
                 reason = self._reason_to_stop(totals.requests)
                 hold = HOLD_FILE in totals.requests
                 improved = False
                 if state.step % config.validate_every == 0 or reason not in (None, "stopped"):
-                    improved = self._validate()
+                    with self.phases("validation"):
+                        improved = self._validate()
                     reason = reason or self._reason_to_stop()
                 if improved or state.step % config.checkpoint_every == 0:
                     self.saving.wanted = True
-                if improved:
-                    self.saving.make_way()  # so that it is these very weights that are saved
-                if reason or hold:
-                    self.rank.phase = "saving"
-                    self.saving.save_now(self._described, state.step)
-                else:
-                    self.saving.begin_if_wanted(self._described, state.step)
+                with self.phases("checkpoint"):
+                    if improved:
+                        self.saving.make_way()  # so that it is these very weights that are saved
+                    if reason or hold:
+                        self.rank.phase = "saving"
+                        self.saving.save_now(self._described, state.step)
+                    else:
+                        self.saving.begin_if_wanted(self._described, state.step)
                 if hold and not reason:
                     self._hand_over()
+                lap = self.phases.lap()
         return reason
 
-    def _accumulate(self, batches: StepBatches, clock_offset_s: float) -> StepTotals:
-        """Forward and backward over this rank's lanes, then one reduction of what all must know."""
+    def _accumulate(
+        self, batches: StepBatches, clock_offset_s: float, lap: Seconds | None
+    ) -> StepTotals:
+        """Forward and backward over this rank's lanes, then one reduction of what all must know.
+
+        ``lap`` is where the time of an earlier step went, if that is known.
+        """
+        phases = self.phases
         config = self.config.trainer
         target_tokens = self.plan.target_tokens(batches.step)
         loss_sum = torch.zeros((), device=self.rank.device)
@@ -166,15 +196,19 @@ class Loop:
         for batch in batches.batches:
             # Dropout depends on the lane, not on who computes it: the same masks at any size.
             torch.manual_seed(_dropout_seed(config.seed, batches.step, batch.lane))
-            loss, nll = self.rank.loss(batch.source_BS, batch.target_in_BT, batch.target_out_BT)
-            self.engine.backward(loss, target_tokens=target_tokens)
+            with phases("forward"):
+                loss, nll = self.rank.loss(batch.source_BS, batch.target_in_BT, batch.target_out_BT)
+            with phases("backward"):
+                self.engine.backward(loss, target_tokens=target_tokens)
             loss_sum += loss.detach()
             nll_sum += nll.detach()
             bad_lanes[batch.lane] = (~torch.isfinite(loss.detach())).float()
             data_hash += batch.data_hash
         for _ in range(self._idle_passes(batches)):
-            loss, _ = self.rank.loss(*empty_batch())
-            self.engine.backward(loss * 0.0, target_tokens=target_tokens)
+            with phases("forward"):
+                loss, _ = self.rank.loss(*empty_batch())
+            with phases("backward"):
+                self.engine.backward(loss * 0.0, target_tokens=target_tokens)
         # The hash goes in two halves: sums of 32-bit integers are exact in float64.
         halves = (data_hash & _MASK64) >> 32, data_hash & 0xFFFFFFFF
         clock_s = time.monotonic() + clock_offset_s if self.rank.is_first else 0.0
@@ -182,25 +216,32 @@ class Loop:
             float(self.rank.is_first and (self.rank.run_dir / name).exists()) for name in _REQUESTS
         ]
         numbers = torch.tensor(
-            [0.0, 0.0, *halves, clock_s, *requests, *self.saving.flags()],
+            [
+                *(0.0, 0.0, *halves, clock_s, *requests, *self.saving.flags()),
+                *self.measures.pack(batches.step, batches.batches, lap),
+            ],
             dtype=torch.float64,
             device=self.rank.device,
         )
         numbers[0], numbers[1] = loss_sum, nll_sum
         numbers = torch.cat([numbers, bad_lanes.double()])
         self.rank.phase = "waiting for the other ranks in the step's reduction"
-        if self.rank.world_size > 1:
-            torch.distributed.all_reduce(numbers)
+        with phases("communication"):
+            if self.rank.world_size > 1:
+                torch.distributed.all_reduce(numbers)
         loss_total, nll_total, high, low, elapsed_s, *others = numbers.tolist()
         asked, others = others[: len(_REQUESTS)], others[len(_REQUESTS) :]
+        saving, others = others[:NUM_FLAGS], others[NUM_FLAGS:]
+        measured, bad = others[: self.measures.size], others[self.measures.size :]
         return StepTotals(
             loss_sum=loss_total,
             nll_sum=nll_total,
             data_hash=((int(high) << 32) + int(low)) & _MASK64,
             elapsed_s=elapsed_s,
             requests=frozenset(name for name, asks in zip(_REQUESTS, asked, strict=True) if asks),
-            saving=others[:NUM_FLAGS],
-            bad_lanes=[lane for lane, bad in enumerate(others[NUM_FLAGS:]) if bad],
+            saving=saving,
+            bad_lanes=[lane for lane, is_bad in enumerate(bad) if is_bad],
+            measured=self.measures.unpack(measured),
         )
 
     def _idle_passes(self, batches: StepBatches) -> int:
@@ -221,7 +262,7 @@ class Loop:
         )
         return most - mine
 
-    def _update(self, totals: StepTotals, step: int, waited_s: float) -> None:
+    def _update(self, totals: StepTotals, step: int, lap: Seconds | None) -> None:
         """Make the update, or skip it where the numbers went wrong; the position moves on."""
         config, state, guard = self.config.trainer, self.state, self.guard
         self.rank.phase = "updating"
@@ -229,7 +270,8 @@ class Loop:
         done = progress(config, steps_done=state.step, elapsed_s=totals.elapsed_s)
         rate = learning_rate(config, state.step + 1, d_model=self.config.model.d_model, done=done)
         reason = guard.judge_loss(loss)
-        result = self.engine.step(rate, veto=reason is not None)
+        with self.phases("optimizer"):
+            result = self.engine.step(rate, veto=reason is not None)
         reason = reason or guard.judge_update(
             finite_norm=math.isfinite(result.grad_norm), overflow=result.overflow
         )
@@ -238,7 +280,15 @@ class Loop:
         if reason is None:
             guard.trained(loss)
             self.reporter.stepped(
-                Update(totals.loss_sum, totals.nll_sum, rate, result.grad_norm, waited_s)
+                Update(
+                    loss_sum=totals.loss_sum,
+                    nll_sum=totals.nll_sum,
+                    learning_rate=rate,
+                    grad_norm=result.grad_norm,
+                    loss_scale=self.engine.loss_scale,
+                    measured=totals.measured,
+                    phases=lap,
+                )
             )
         else:
             self._skip(reason, loss, result.grad_norm, totals.bad_lanes)
@@ -287,6 +337,9 @@ class Loop:
         state.data_hash = (state.data_hash + totals.data_hash) & _MASK64
         state.target_tokens += self.plan.target_tokens(step)
         state.source_tokens += self.plan.source_tokens(step)
+        state.flops += totals.measured.flops
+        if totals.measured.joules:
+            state.joules = (state.joules or 0.0) + sum(totals.measured.joules.values())
 
     def _reason_to_stop(self, requests: frozenset[str] = frozenset()) -> str | None:
         """Decided from what all ranks know alike."""
@@ -353,11 +406,13 @@ def train(
     world_size: int,
     local_rank: int = 0,
     resume: bool,
+    slot: Slot | None = None,
 ) -> str:
     """Train as one rank of an initialised process group; all ranks call it alike.
 
     Args:
         resume: go on from the newest trusted checkpoint, if there is one.
+        slot: where this process keeps its metrics; None keeps none.
 
     Returns:
         Why it ended: ``max_steps``, ``max_minutes``, ``early_stopping`` or ``stopped``.
@@ -374,19 +429,28 @@ def train(
     with this.watchdog:
         this.prepare()
         passed_over = this.resume() if resume else None
+        own = None if slot is None else RankMetrics(run_dir.name, rank, slot)
         if not this.is_first:
-            return Loop(this, None, None).run()
-        return _train_first(this, passed_over)
+            return Loop(this, Voices(rank=own)).run()
+        return _train_first(this, passed_over, own, slot)
 
 
-def _train_first(this: Rank, passed_over: dict[int, list[str]] | None) -> str:
+def _train_first(
+    this: Rank,
+    passed_over: dict[int, list[str]] | None,
+    own: RankMetrics | None,
+    slot: Slot | None,
+) -> str:
     """Rank 0, which tells for all."""
-    config, run_dir = this.config.trainer, this.run_dir
+    run_dir = this.run_dir
     _forget_requests(run_dir)
+    before = interruption(run_dir)
     events = EventLog(run_dir / "events.jsonl")
-    metrics = Metrics(run_dir.name, host=config.metrics_host, port=config.metrics_port)
-    metrics.valid_bleu.set_function(partial(latest_bleu, run_dir))
+    metrics = None if slot is None else RunMetrics(run_dir.name, slot)
+    packages = versions()
     try:
+        if metrics is not None:
+            _describe(this, metrics, packages)
         events.write(
             "started" if passed_over is None else "resumed",
             step=this.state.step,
@@ -396,15 +460,40 @@ def _train_first(this: Rank, passed_over: dict[int, list[str]] | None) -> str:
             parameters=this.num_parameters,
             steps_per_epoch=this.plan.steps_per_epoch,
             data_hash=f"{this.state.data_hash:016x}",
+            peak_flops=this.rates.peak,
+            peak_source=this.rates.source,
+            sustained_flops=this.rates.sustained,
             device=str(this.device),
+            machine=describe(this.device),
+            versions=packages,
             torch=torch.__version__,
         )
-        reason = Loop(this, events, metrics).run()
+        reason = Loop(this, Voices(events, metrics, own), before).run()
         _forget_requests(run_dir)
         return reason
     finally:
-        metrics.close()
         events.close()
+
+
+def _describe(this: Rank, metrics: RunMetrics, packages: dict[str, str]) -> None:
+    config, data = this.config, this.manifest.data
+    metrics.describe(
+        run={
+            "corpus": data.corpus,
+            "source": data.source_language,
+            "target": data.target_language,
+            "model": config.model.preset or config.model.kind,
+            "parameters": str(this.num_parameters),
+            "precision": config.trainer.precision,
+            "zero_stage": str(config.trainer.zero_stage),
+            "seed": str(config.trainer.seed),
+        },
+        manifest_sha256=this.manifest.sha256,
+        build={
+            "version": packages["babelray"],
+            **{name: packages[name] for name in ("python", "torch", "deepspeed", "ray")},
+        },
+    )
 
 
 # Rank 0 looks for these files at each step.

@@ -1,100 +1,385 @@
-"""Prometheus metrics of a run, all declared here; ``docs/metrics.md`` describes them."""
+"""Every Prometheus metric of babelray is declared here; ``docs/metrics.md`` is made of it.
+
+Several processes of a machine tell about a run: the run's first rank what holds for all of it
+(``RunMetrics``), each rank what it does itself (``RankMetrics``), their server that they are there
+(``ServerMetrics``). Each writes its values into files that it maps into memory (prometheus_client's
+multiprocess mode), and one process of the machine serves what lies in all of them
+(``cluster.exporter``). A write is a store to memory: no lock, no connection, nothing to wait for.
+
+Files are named by a slot, not by a process id: a rank that takes a dead one's place in the slot
+counts on from where that one was, and files do not grow in number. Counters, histograms and the
+times of events outlive the rank that wrote them. Its other gauges are removed with it: what a dead
+rank saw last says nothing of now.
+"""
 
 from __future__ import annotations
 
-import logging
-from typing import get_args
-from wsgiref.simple_server import WSGIServer
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client.multiprocess import mark_process_dead
 
 from trainer.guard import Reason
+from trainer.phases import PHASES
 
-log = logging.getLogger(__name__)
+PREFIX = "babelray_"
+
+_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client looks for the folder
 
 _STEP_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_PHASE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+_LONG_BUCKETS_S = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+
+# Why ranks are started anew: what cluster.recovery tells apart, or a planned change of number.
+Cause = Literal["killed", "hung", "exception", "preempted", "start", "controller", "resized"]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+Kind = Literal["counter", "gauge", "histogram"]
 
 
-class Metrics:
-    """A run's metrics in a registry of their own, served over HTTP by one rank a node.
+@dataclass(frozen=True)
+class Declared:
+    """A metric: its full name as a query names it (a histogram's without ``_bucket`` and such)."""
 
-    Args:
-        run: the run's name, the only label.
-        host, port: where to serve; port 0 serves nothing.
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a process keeps its values: files in ``folder`` that no other process writes.
+
+    ``name`` has no underscore in it.
     """
 
-    def __init__(self, run: str, *, host: str, port: int) -> None:
-        self.registry = CollectorRegistry()
-        self._run = run
-        self.steps = self._counter("steps", "Optimizer updates made.")
-        self.target_tokens = self._counter("target_tokens", "Target tokens trained on.")
-        self.source_tokens = self._counter("source_tokens", "Source tokens trained on.")
-        self.loss = self._gauge("loss_nats", "Training loss a target token, label-smoothed.")
-        self.nll = self._gauge("nll_nats", "Training negative log-likelihood a target token.")
-        self.valid_nll = self._gauge("valid_nll_nats", "Validation negative log-likelihood.")
-        self.valid_bleu = self._gauge(
-            "valid_bleu", "BLEU of the newest checkpoint scored on the validation set."
+    folder: Path
+    name: str
+
+    def vacate(self) -> None:
+        """Remove what only a live process can say; it has ended."""
+        mark_process_dead(self.name, str(self.folder))  # type: ignore[no-untyped-call]
+
+
+class _Family:
+    """Metrics of one run that one process writes.
+
+    Args:
+        run: the run's name, a label of every metric.
+        slot: where the values are kept; None keeps them in this process, in ``registry``.
+    """
+
+    def __init__(self, run: str, slot: Slot | None = None) -> None:
+        self.run = run
+        self.declared: list[Declared] = []
+        self.registry = CollectorRegistry() if slot is None else None
+        self._slot = slot
+        with self._stored():
+            self._declare()
+
+    def _declare(self) -> None:
+        raise NotImplementedError
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        """Metrics made in the block keep their values in the slot."""
+        if self._slot is None:
+            yield
+            return
+        slot = self._slot.name
+        before, folder = values.ValueClass, os.environ.get(_VARIABLE)
+        os.environ[_VARIABLE] = str(self._slot.folder)
+        values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            values.ValueClass = before
+            if folder is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = folder
+
+    def _note(self, name: str, kind: Kind, text: str, labels: Sequence[str]) -> None:
+        self.declared.append(Declared(PREFIX + name, kind, text, ("run", *labels)))
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        self._note(f"{name}_total", "counter", text, labels)
+        made = Counter(PREFIX + name, text, ["run", *labels], registry=self.registry)
+        return made if labels else made.labels(self.run)
+
+    def _gauge(
+        self, name: str, text: str, labels: Sequence[str] = (), *, lasting: bool = False
+    ) -> Gauge:
+        """``lasting``: stays when the process that set it has ended."""
+        self._note(name, "gauge", text, labels)
+        made = Gauge(
+            PREFIX + name,
+            text,
+            ["run", *labels],
+            registry=self.registry,
+            multiprocess_mode="mostrecent" if lasting else "livemostrecent",
         )
-        self.learning_rate = self._gauge("learning_rate", "Learning rate of the last update.")
-        self.grad_norm = self._gauge("grad_norm", "Gradient norm before clipping.")
-        self.tokens_per_second = self._gauge(
-            "tokens_per_second", "Source and target tokens a second since the last log."
+        return made if labels else made.labels(self.run)
+
+    def _histogram(
+        self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
+    ) -> Histogram:
+        self._note(name, "histogram", text, labels)
+        made = Histogram(
+            PREFIX + name, text, ["run", *labels], registry=self.registry, buckets=buckets
         )
-        self.epoch = self._gauge("epoch", "Passes over the corpus begun before this one.")
-        self.world_size = self._gauge("world_size", "Workers that train.")
-        self.last_step_time = self._gauge(
-            "last_step_timestamp_seconds", "Unix time of the last update."
+        return made if labels else made.labels(self.run)
+
+
+class RunMetrics(_Family):
+    """Of the run as a whole; written by its first rank."""
+
+    def _declare(self) -> None:
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        # What was done. Steps that are done again after a failure count again.
+        self.steps = counter("steps", "Optimizer updates made.")
+        self.target_tokens = counter(
+            "target_tokens", "Target tokens trained on, end signs included, padding not."
         )
-        self.last_checkpoint_time = self._gauge(
-            "last_checkpoint_timestamp_seconds", "Unix time of the last committed checkpoint."
+        self.source_tokens = counter(
+            "source_tokens", "Source tokens trained on, end signs included, padding not."
         )
-        self.step_seconds = self._histogram("step_seconds", "Wall time of a step.")
-        self.data_wait_seconds = self._histogram(
-            "data_wait_seconds", "Part of a step spent waiting for the stream."
+        self.samples = counter("samples", "Sentence pairs trained on.")
+        self.flops = counter(
+            "flops",
+            "Floating-point operations of the model, forward and backward, padding not counted.",
         )
-        self.checkpoint_seconds = self._histogram(
-            "checkpoint_seconds", "From the copy of the state to the commit."
+        self._energy = counter(
+            "energy_joules",
+            "Energy that the machines' GPUs and CPU packages took while training, as far as they "
+            "tell it; absent where they do not.",
+            ["source"],
         )
-        self.checkpoint_stall_seconds = self._counter(
+        # How fast.
+        self.step_seconds = histogram("step_seconds", "Wall time of a step.", _STEP_BUCKETS_S)
+        self.tokens_per_second = gauge(
+            "tokens_per_second", "Source and target tokens a second since the last logged step."
+        )
+        self.mfu = gauge(
+            "mfu_ratio",
+            "Model FLOPs utilisation: operations a second since the last logged step, over "
+            "babelray_peak_flops.",
+        )
+        self.peak_flops = gauge(
+            "peak_flops",
+            "Operations a second that all devices together could make: from the data sheet, or "
+            "measured with a matrix product (a CPU), or as configured.",
+        )
+        self.padding_efficiency = gauge(
+            "padding_efficiency_ratio",
+            "Real tokens over tokens computed on, padding included, since the last logged step.",
+        )
+        self.slowest_rank = gauge(
+            "slowest_rank", "Rank that needed the most time of its own a token."
+        )
+        self.rank_skew = gauge(
+            "rank_skew_ratio",
+            "Time of its own a token that the slowest rank needed, over the median rank's; 1 is "
+            "even. Since the last logged step.",
+        )
+        # How well.
+        self.loss = gauge(
+            "loss_nats",
+            "Training loss a target token, label-smoothed, over the updates since the last logged "
+            "step.",
+        )
+        self.nll = gauge("nll_nats", "The same without smoothing: negative log-likelihood.")
+        self.valid_nll = gauge(
+            "valid_nll_nats",
+            "Negative log-likelihood a target token on the validation set.",
+            lasting=True,
+        )
+        self.best_valid_nll = gauge(
+            "best_valid_nll_nats", "The lowest babelray_valid_nll_nats so far.", lasting=True
+        )
+        self.stale_validations = gauge(
+            "stale_validations", "Validations of the loss since the best one."
+        )
+        self.valid_bleu = gauge(
+            "valid_bleu",
+            "BLEU of the newest checkpoint scored on the validation set; absent without "
+            "trainer.bleu_every.",
+        )
+        self.learning_rate = gauge("learning_rate", "Learning rate of the last logged update.")
+        self.grad_norm = gauge("grad_norm", "Gradient norm before clipping.")
+        self.loss_scale = gauge("loss_scale", "Factor of the loss in fp16; 1 in other precisions.")
+        # Where it stands.
+        self.world_size = gauge("world_size", "Workers that train.")
+        self.epoch = gauge("epoch", "Epochs finished.")
+        self.position = gauge(
+            "position_steps", "Position in the data: steps consumed, trained on or not."
+        )
+        self.steps_per_epoch = gauge("steps_per_epoch", "Steps of one pass over the corpus.")
+        self.data_hash = gauge(
+            "data_hash",
+            "Rolling hash of the consumed pair ids: its lower 48 bits, which a float holds "
+            "exactly; data_hash in events.jsonl has all 64.",
+        )
+        self.last_step_time = gauge(
+            "last_step_timestamp_seconds", "Unix time of the last step.", lasting=True
+        )
+        # Checkpoints.
+        self.last_checkpoint_time = gauge(
+            "last_checkpoint_timestamp_seconds",
+            "Unix time of the last committed checkpoint.",
+            lasting=True,
+        )
+        self.last_checkpoint_step = gauge(
+            "last_checkpoint_step", "Step of the last committed checkpoint.", lasting=True
+        )
+        self.last_checkpoint_size = gauge(
+            "last_checkpoint_size_bytes", "Size of the last committed checkpoint.", lasting=True
+        )
+        self.checkpoint_interval = gauge(
+            "checkpoint_interval_steps", "trainer.checkpoint_every: steps between checkpoints."
+        )
+        self.checkpoint_seconds = histogram(
+            "checkpoint_seconds",
+            "From the copy of the state to the commit; training goes on meanwhile.",
+            _LONG_BUCKETS_S,
+        )
+        self.checkpoint_stall_seconds = counter(
             "checkpoint_stall_seconds", "Time that training stood still for checkpoints."
         )
-        self.checkpoint_failures = self._counter(
-            "checkpoint_failures", "Checkpoints that could not be written."
+        self.checkpoint_failures = counter(
+            "checkpoint_failures", "Checkpoints that could not be written; each is tried again."
         )
-        self.rewinds = self._counter("rewinds", "Returns to the weights of an earlier checkpoint.")
-        skipped = Counter(
-            "babelray_skipped_steps",
-            "Steps not trained on, because their numbers went wrong.",
-            ["run", "reason"],
-            registry=self.registry,
+        self.validation_seconds = histogram(
+            "validation_seconds", "Wall time of a validation of the loss.", _LONG_BUCKETS_S
         )
-        self.skipped_steps = {reason: skipped.labels(run, reason) for reason in get_args(Reason)}
-        self._server: WSGIServer | None = None
-        if port:
-            self._serve(host, port)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        counter = Counter(f"babelray_{name}", text, ["run"], registry=self.registry)
-        return counter.labels(self._run)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"babelray_{name}", text, ["run"], registry=self.registry).labels(self._run)
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        histogram = Histogram(
-            f"babelray_{name}", text, ["run"], registry=self.registry, buckets=_STEP_BUCKETS_S
+        # What went wrong.
+        skipped = counter(
+            "skipped_steps", "Steps not trained on, because their numbers went wrong.", ["reason"]
         )
-        return histogram.labels(self._run)
+        self.skipped_steps = {
+            reason: skipped.labels(self.run, reason) for reason in get_args(Reason)
+        }
+        self.rewinds = counter("rewinds", "Returns to the weights of an earlier checkpoint.")
+        restarts = counter("restarts", "Starts of the ranks anew, by what made them.", ["cause"])
+        recovery = histogram(
+            "recovery_seconds", "From a failure to the next update.", _LONG_BUCKETS_S, ["cause"]
+        )
+        self.restarts = {cause: restarts.labels(self.run, cause) for cause in CAUSES}
+        self.recovery_seconds = {cause: recovery.labels(self.run, cause) for cause in CAUSES}
+        # What it is.
+        self._run_info = gauge(
+            "run_info",
+            "1; the labels say what is trained.",
+            [
+                "corpus",
+                "source",
+                "target",
+                "model",
+                "parameters",
+                "precision",
+                "zero_stage",
+                "seed",
+            ],
+        )
+        self._data_info = gauge(
+            "data_info", "1; the label says which data: the manifest's sha256.", ["manifest_sha256"]
+        )
+        self._build_info = gauge(
+            "build_info",
+            "1; the labels say with which versions.",
+            ["version", "python", "torch", "deepspeed", "ray"],
+        )
 
-    def _serve(self, host: str, port: int) -> None:
-        try:
-            self._server, _ = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            # The launcher checked the port; should it be taken since, training matters more.
-            log.warning("metrics are not served on %s:%d: %s", host, port, error)
+    def add_energy(self, source: str, joules: float) -> None:
+        """Count energy; ``source`` is one of ``trainer.energy.SOURCES``."""
+        with self._stored():
+            self._energy.labels(self.run, source).inc(joules)
 
-    def close(self) -> None:
-        """Stop serving."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+    def describe(self, *, run: dict[str, str], manifest_sha256: str, build: dict[str, str]) -> None:
+        """Set the three ``_info`` metrics; ``run`` and ``build`` by their labels."""
+        with self._stored():
+            self._run_info.labels(run=self.run, **run).set(1)
+            self._data_info.labels(run=self.run, manifest_sha256=manifest_sha256).set(1)
+            self._build_info.labels(run=self.run, **build).set(1)
+
+
+class RankMetrics(_Family):
+    """Of one rank; each rank writes its own."""
+
+    def __init__(self, run: str, rank: int, slot: Slot | None = None) -> None:
+        self._rank = str(rank)
+        super().__init__(run, slot)
+
+    def _declare(self) -> None:
+        phases = self._histogram(
+            "step_phase_seconds",
+            "Part of a step by what a rank spent it on, a sample for each rank and step. "
+            "Communication includes waiting for slower ranks; on a GPU, data_wait is what the "
+            "device stood idle for.",
+            _PHASE_BUCKETS_S,
+            ["phase"],
+        )
+        self.phases = {phase: phases.labels(self.run, phase) for phase in PHASES}
+        busy = self._gauge(
+            "rank_busy_seconds",
+            "Mean time of a step that a rank spent on its own, not waiting for other ranks or a "
+            "checkpoint, since the last logged step.",
+            ["rank"],
+        )
+        self.busy = busy.labels(self.run, self._rank)
+        self._memory = self._gauge(
+            "gpu_memory_bytes",
+            "GPU memory of a rank, by kind: allocated to tensors, reserved by PyTorch, peak "
+            "allocation so far. Absent on a CPU.",
+            ["rank", "kind"],
+        )
+
+    def set_memory(self, *, allocated: int, reserved: int, peak: int) -> None:
+        """GPU memory, bytes."""
+        with self._stored():
+            for kind, value in (("allocated", allocated), ("reserved", reserved), ("peak", peak)):
+                self._memory.labels(self.run, self._rank, kind).set(value)
+
+
+class ServerMetrics(_Family):
+    """Of a run on one machine; written by the server that starts its ranks."""
+
+    def _declare(self) -> None:
+        self.started = self._gauge(
+            "run_started_timestamp_seconds", "Unix time of the command that started or resumed it."
+        )
+        self.live_ranks = self._gauge("live_ranks", "Ranks of the run that live on this machine.")
+
+
+# Of one result of ``babelray evaluate``: suffix of the metric, field of the result, what it is.
+EVALUATION_GAUGES = (
+    ("bleu", "bleu", "sacreBLEU's BLEU, 0 to 100."),
+    ("paper_bleu", "paper_bleu", "Tokenised, compound-split BLEU, 0 to 100."),
+    ("chrf", "chrf", "chrF, 0 to 100."),
+    ("ter", "ter", "Translation edit rate, from 0; lower is better."),
+    ("step", "step", "Step of the checkpoint."),
+    ("sentences", "num_sentences", "Sentences of the test set."),
+    ("decoding_seconds", "seconds", "Time spent decoding, over all processes."),
+    ("timestamp_seconds", "time", "Unix time of the evaluation."),
+)
+EVALUATION_LABELS = ("run", "test_set", "checkpoint")
+
+
+def declared_evaluation() -> list[Declared]:
+    """What ``babelray evaluate`` leaves for a collector of text files, or pushes."""
+    return [
+        Declared(f"{PREFIX}evaluation_{suffix}", "gauge", text, EVALUATION_LABELS)
+        for suffix, _, text in EVALUATION_GAUGES
+    ]
+
+
+def declared() -> list[Declared]:
+    """Every metric that a training run serves."""
+    families = (RunMetrics("run"), RankMetrics("run", 0), ServerMetrics("run"))
+    return [metric for family in families for metric in family.declared]

@@ -3,8 +3,8 @@
 Phases nest: while an inner one runs, the outer one's clock stands. So a reduction that DeepSpeed
 makes inside the backward pass counts as communication alone, and the phases of a step add up to it.
 
-On a CPU the clock is the host's. On a GPU, where the host only queues work, marks are CUDA events on
-the current stream: what is measured is when the device got there, so waiting for data or for
+On a CPU the clock is the host's. On a GPU, where the host only queues work, marks are CUDA events
+on the current stream: what is measured is when the device got there, so waiting for data or for
 another rank counts only as far as the device really stood idle. Events are read a step later, when
 they have long happened, and so cost no synchronisation.
 """
@@ -13,12 +13,20 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+if TYPE_CHECKING:  # whoever only reads the names does without
+    import torch
 
 Phase = Literal[
-    "data_wait", "forward", "backward", "communication", "optimizer", "checkpoint", "other"
+    "data_wait",
+    "forward",
+    "backward",
+    "communication",
+    "optimizer",
+    "checkpoint",
+    "validation",
+    "other",
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -71,8 +79,10 @@ class _Block(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         if self._phases.annotate:
+            import torch
+
             self._label = torch.profiler.record_function(f"phase: {self._phase}")
-            self._label.__enter__()
+            self._label.__enter__()  # type: ignore[no-untyped-call]
         self._phases._enter(self._phase)
 
     def __exit__(self, *exception: object) -> None:
@@ -122,6 +132,8 @@ class _DeviceClock:
 
     @staticmethod
     def _event() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

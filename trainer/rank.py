@@ -19,6 +19,8 @@ from model.transformer import build
 from trainer.checkpoint import Checkpoints, check_settings
 from trainer.config import RunConfig
 from trainer.engine import Engine
+from trainer.machine import Rates, rates
+from trainer.phases import Phases
 from trainer.run import read_events
 from trainer.state import TrainState
 from trainer.validation import ValidationSet
@@ -36,6 +38,8 @@ class Rank:
     Attributes:
         number: its place among the ``world_size`` ranks; the first decides and tells for all.
         phase: what it is doing, for whoever asks what it hangs in.
+        phases: how long it does what.
+        rates: operations a second of all ranks' devices together, once prepared.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class Rank:
             config.recovery.hang_timeout_s, self._doing, rank=rank, dump_to=_log_stream()
         )
         self.device = _device(local_rank)
+        self.local_rank = local_rank
+        self.phases = Phases(self.device)
         self.state = TrainState()
 
     @property
@@ -70,7 +76,11 @@ class Rank:
             world_size=self.world_size,
             device=self.device,
             collective_timeout_s=COLLECTIVE_TIMEOUTS * config.recovery.hang_timeout_s,
+            phases=self.phases,
         )
+        own = rates(config.trainer, self.device)
+        peak, sustained = self.sum([own.peak, own.sustained])
+        self.rates = Rates(peak, own.source, sustained)
         self.settings = _resume_settings(config, self.manifest, self.plan)
         self.checkpoints = Checkpoints.of(self.run_dir, config.recovery)
         self.token = f"{int(self._shared(secrets.randbits(32))):08x}"

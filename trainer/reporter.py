@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
-from data_shards.manifest import Manifest
 from data_shards.plan import Plan
-from model.cost import peak_flops, training_flops
 from trainer.config import RunConfig
 from trainer.events import EventLog
 from trainer.guard import Reason
-from trainer.metrics import Metrics
+from trainer.interruption import Interruption
+from trainer.machine import Rates
+from trainer.measures import Measured
+from trainer.metrics import RankMetrics, RunMetrics
+from trainer.phases import BUSY, PHASES, Seconds
 from trainer.saver import Saved
 from trainer.state import TrainState
+
+_LOW_48_BITS = (1 << 48) - 1
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update, in numbers that all ranks share; the waiting is this rank's own."""
+    """One optimizer update, in numbers that all ranks share; only ``phases`` are this rank's own.
+
+    ``phases`` are of an earlier step, the newest that is known; None before there is one.
+    """
 
     loss_sum: float
     nll_sum: float
     learning_rate: float
     grad_norm: float
-    waited_s: float
+    loss_scale: float
+    measured: Measured
+    phases: Seconds | None
 
 
 @dataclass
@@ -37,103 +47,228 @@ class _Sums:
     nll: float = 0.0
     target_tokens: int = 0
     source_tokens: int = 0
+    measured: Measured = field(default_factory=Measured)
+    phases: Seconds = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    num_phases: int = 0
+
+    def add(self, update: Update) -> None:
+        self.loss += update.loss_sum
+        self.nll += update.nll_sum
+        self.measured += update.measured
+        if update.phases is not None:
+            for phase, seconds in update.phases.items():
+                self.phases[phase] += seconds
+            self.num_phases += 1
+
+    def mean_phases(self) -> Seconds | None:
+        """Seconds a step."""
+        if not self.num_phases:
+            return None
+        return {phase: seconds / self.num_phases for phase, seconds in self.phases.items()}
+
+
+@dataclass(frozen=True)
+class Voices:
+    """Through what a rank tells: all ranks have ``rank``, only the first has the others.
+
+    None where there is nobody to tell.
+    """
+
+    events: EventLog | None = None
+    run: RunMetrics | None = None
+    rank: RankMetrics | None = None
 
 
 class Reporter:
     """Turns what happens into events and metrics.
 
     Args:
-        world_size, device: who trains, and on what.
+        world_size, device, rates: who trains, on what, and how fast that could be.
         state: where the run stands; read at every call.
-        events, metrics: rank 0's; None on the other ranks, which tell nothing.
+        voices: through what this rank tells.
+        interruption: what this attempt comes after, if that was a failure.
+        valid_bleu: the newest score of a checkpoint, NaN if there is none.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        manifest: Manifest,
         plan: Plan,
         state: TrainState,
         *,
         world_size: int,
         device: torch.device,
-        events: EventLog | None,
-        metrics: Metrics | None,
+        rates: Rates,
+        voices: Voices,
+        interruption: Interruption | None = None,
+        valid_bleu: Callable[[], float] = lambda: math.nan,
     ) -> None:
         self._config, self._plan, self._state = config, plan, state
-        self._world_size = world_size
-        self._events, self._metrics = events, metrics
-        self._last_elapsed_s = state.elapsed_s
+        self._world_size, self._device, self._rates = world_size, device, rates
+        self._events, self._metrics, self._rank_metrics = voices.events, voices.run, voices.rank
+        self._interruption, self._valid_bleu = interruption, valid_bleu
         self._logged_at_s = state.elapsed_s
         self._since = _Sums()
-        data = manifest.data
-        self._flops_per_token = training_flops(
-            config.model,
-            vocab_size=manifest.vocabulary_size,
-            source_tokens=data.source_tokens,
-            target_tokens=data.target_tokens,
-            num_pairs=data.num_pairs,
-        ) / (data.source_tokens + data.target_tokens)
-        self._peak = (
-            peak_flops(torch.cuda.get_device_name(device), config.trainer.precision)
-            if device.type == "cuda"
-            else None
-        )
+        if self._metrics is not None:
+            self._begun(self._metrics)
+
+    def _begun(self, metrics: RunMetrics) -> None:
+        """What is known before the first step."""
+        state = self._state
+        metrics.peak_flops.set(self._rates.peak)
+        metrics.world_size.set(self._world_size)
+        metrics.steps_per_epoch.set(self._plan.steps_per_epoch)
+        metrics.checkpoint_interval.set(self._config.trainer.checkpoint_every)
+        metrics.last_checkpoint_step.set(state.step)
+        metrics.position.set(state.step)
+        metrics.stale_validations.set(state.stale_validations)
+        if state.best_nll is not None:
+            metrics.best_valid_nll.set(state.best_nll)
+        for cause in self._interruption.causes if self._interruption else ():
+            metrics.restarts[cause].inc()
 
     def stepped(self, update: Update) -> None:
         """After an update; logs the first and every ``log_every``-th."""
         state, metrics = self._state, self._metrics
-        source_tokens = self._plan.source_tokens(state.step - 1)
-        target_tokens = self._plan.target_tokens(state.step - 1)
+        step = state.step - 1
+        source_tokens, target_tokens = (
+            self._plan.source_tokens(step),
+            self._plan.target_tokens(step),
+        )
         if metrics is not None:
             metrics.steps.inc()
             metrics.target_tokens.inc(target_tokens)
             metrics.source_tokens.inc(source_tokens)
-            metrics.data_wait_seconds.observe(update.waited_s)
-            metrics.step_seconds.observe(max(0.0, state.elapsed_s - self._last_elapsed_s))
-            metrics.last_step_time.set_to_current_time()
-        self._last_elapsed_s = state.elapsed_s
+            metrics.samples.inc(self._plan.num_pairs(step))
+            metrics.flops.inc(update.measured.flops)
+            for source, joules in update.measured.joules.items():
+                metrics.add_energy(source, joules)
+        self._observe(update.phases)
+        self._position()
         since = self._since
-        since.loss += update.loss_sum
-        since.nll += update.nll_sum
+        since.add(update)
         since.target_tokens += target_tokens
         since.source_tokens += source_tokens
-        if state.step % self._config.trainer.log_every and state.step != 1:
+        if state.step % self._config.trainer.log_every == 0 or state.step == 1:
+            self._log(update, target_tokens)
+
+    def _observe(self, phases: Seconds | None) -> None:
+        if phases is None:
             return
-        interval_s = max(1e-9, state.elapsed_s - self._logged_at_s)
-        speed = (since.target_tokens + since.source_tokens) / interval_s
-        mean_loss, mean_nll = since.loss / since.target_tokens, since.nll / since.target_tokens
-        self._logged_at_s, self._since = state.elapsed_s, _Sums()
-        epoch, _ = self._plan.locate(state.step - 1)
+        if self._metrics is not None:
+            self._metrics.step_seconds.observe(sum(phases.values()) - phases["validation"])
+        if self._rank_metrics is not None:
+            for phase, seconds in phases.items():
+                self._rank_metrics.phases[phase].observe(seconds)
+
+    def _position(self) -> None:
+        """After any step, trained on or not."""
+        if self._metrics is not None:
+            self._metrics.position.set(self._state.step)
+            self._metrics.last_step_time.set_to_current_time()
+        if self._interruption is not None:
+            self._recovered(self._interruption)
+            self._interruption = None
+
+    def _recovered(self, interruption: Interruption) -> None:
+        seconds = interruption.seconds()
         if self._events is not None:
             self._events.write(
-                "step",
-                step=state.step,
-                epoch=epoch,
-                # Of this update alone: what a resume, or another number of workers, must repeat.
-                loss=update.loss_sum / target_tokens,
-                nll=update.nll_sum / target_tokens,
-                # Over the updates since the last logged one: what a person wants to see.
-                mean_loss=mean_loss,
-                mean_nll=mean_nll,
-                learning_rate=update.learning_rate,
-                grad_norm=update.grad_norm,
-                target_tokens=state.target_tokens,
-                source_tokens=state.source_tokens,
-                tokens_per_second=round(speed, 1),
-                mfu=self._utilisation(speed),
-                world_size=self._world_size,
-                data_hash=f"{state.data_hash:016x}",
-                elapsed_s=round(state.elapsed_s, 3),
+                "recovered",
+                step=self._state.step,
+                cause=interruption.cause,
+                seconds=round(seconds, 3),
+                message=interruption.message,
             )
-        if metrics is not None:
-            metrics.loss.set(mean_loss)
-            metrics.nll.set(mean_nll)
-            metrics.learning_rate.set(update.learning_rate)
-            metrics.grad_norm.set(update.grad_norm)
-            metrics.tokens_per_second.set(speed)
-            metrics.epoch.set(epoch)
-            metrics.world_size.set(self._world_size)
+        if self._metrics is not None:
+            self._metrics.recovery_seconds[interruption.cause].observe(seconds)
+
+    def _log(self, update: Update, target_tokens: int) -> None:
+        """Tell of the updates since the last logged one; ``target_tokens`` are the last one's."""
+        state, since = self._state, self._since
+        interval_s = max(1e-9, state.elapsed_s - self._logged_at_s)
+        tokens = since.target_tokens + since.source_tokens
+        values = _Interval(
+            mean_loss=since.loss / since.target_tokens,
+            mean_nll=since.nll / since.target_tokens,
+            tokens_per_second=tokens / interval_s,
+            mfu=since.measured.flops / interval_s / self._rates.peak,
+            padding_efficiency=tokens / since.measured.computed_tokens,
+            skew=since.measured.skew(),
+            epoch=self._plan.locate(state.step - 1)[0],
+        )
+        phases = since.mean_phases()
+        self._logged_at_s, self._since = state.elapsed_s, _Sums()
+        memory = _memory(self._device)
+        if self._events is not None:
+            self._log_event(self._events, update, values, phases, memory, target_tokens)
+        if self._metrics is not None:
+            self._set_gauges(self._metrics, update, values)
+        if self._rank_metrics is not None:
+            if phases is not None:
+                self._rank_metrics.busy.set(sum(phases[phase] for phase in BUSY))
+            if memory is not None:
+                allocated, reserved, peak = memory
+                self._rank_metrics.set_memory(allocated=allocated, reserved=reserved, peak=peak)
+
+    def _log_event(
+        self,
+        events: EventLog,
+        update: Update,
+        values: _Interval,
+        phases: Seconds | None,
+        memory: tuple[int, int, int] | None,
+        target_tokens: int,
+    ) -> None:
+        state = self._state
+        slowest, skew = values.skew or (None, None)
+        events.write(
+            "step",
+            step=state.step,
+            epoch=values.epoch,
+            # Of this update alone: what a resume, or another number of workers, must repeat.
+            loss=update.loss_sum / target_tokens,
+            nll=update.nll_sum / target_tokens,
+            # Over the updates since the last logged one: what a person wants to see.
+            mean_loss=values.mean_loss,
+            mean_nll=values.mean_nll,
+            learning_rate=update.learning_rate,
+            grad_norm=update.grad_norm,
+            loss_scale=update.loss_scale,
+            target_tokens=state.target_tokens,
+            source_tokens=state.source_tokens,
+            tokens_per_second=round(values.tokens_per_second, 1),
+            flops=state.flops,
+            mfu=round(values.mfu, 6),
+            padding_efficiency=round(values.padding_efficiency, 5),
+            phases={name: round(value, 6) for name, value in phases.items()} if phases else None,
+            slowest_rank=slowest,
+            skew=None if skew is None else round(skew, 4),
+            gpu_memory_bytes=memory[2] if memory else None,
+            energy_joules=state.joules,
+            world_size=self._world_size,
+            data_hash=f"{state.data_hash:016x}",
+            elapsed_s=round(state.elapsed_s, 3),
+        )
+
+    def _set_gauges(self, metrics: RunMetrics, update: Update, values: _Interval) -> None:
+        metrics.loss.set(values.mean_loss)
+        metrics.nll.set(values.mean_nll)
+        metrics.learning_rate.set(update.learning_rate)
+        metrics.grad_norm.set(update.grad_norm)
+        metrics.loss_scale.set(update.loss_scale)
+        metrics.tokens_per_second.set(values.tokens_per_second)
+        metrics.mfu.set(values.mfu)
+        metrics.padding_efficiency.set(values.padding_efficiency)
+        metrics.epoch.set(values.epoch)
+        metrics.data_hash.set(self._state.data_hash & _LOW_48_BITS)
+        if values.skew is not None:
+            slowest, skew = values.skew
+            metrics.slowest_rank.set(slowest)
+            metrics.rank_skew.set(skew)
+        bleu = self._valid_bleu()
+        if not math.isnan(bleu):
+            metrics.valid_bleu.set(bleu)
 
     def validated(self, nll: float, improved: bool, seconds: float) -> None:
         """After a validation."""
@@ -149,6 +284,10 @@ class Reporter:
             )
         if self._metrics is not None:
             self._metrics.valid_nll.set(nll)
+            self._metrics.stale_validations.set(self._state.stale_validations)
+            self._metrics.validation_seconds.observe(seconds)
+            if self._state.best_nll is not None:
+                self._metrics.best_valid_nll.set(self._state.best_nll)
 
     def skipped(
         self,
@@ -167,7 +306,6 @@ class Reporter:
         """
         state = self._state
         epoch, _ = self._plan.locate(state.step - 1)
-        self._last_elapsed_s = state.elapsed_s
         if self._events is not None:
             self._events.write(
                 "skipped",
@@ -183,7 +321,7 @@ class Reporter:
             )
         if self._metrics is not None:
             self._metrics.skipped_steps[reason].inc()
-            self._metrics.last_step_time.set_to_current_time()
+        self._position()
 
     def rewound(self, to_step: int) -> None:
         """After the weights were taken back to those of an earlier checkpoint."""
@@ -215,6 +353,8 @@ class Reporter:
             )
         if self._metrics is not None:
             self._metrics.last_checkpoint_time.set_to_current_time()
+            self._metrics.last_checkpoint_step.set(saved.step)
+            self._metrics.last_checkpoint_size.set(saved.bytes)
             self._metrics.checkpoint_seconds.observe(saved.seconds)
             self._metrics.checkpoint_stall_seconds.inc(stall_s)
 
@@ -238,8 +378,26 @@ class Reporter:
                 elapsed_s=round(self._state.elapsed_s, 3),
             )
 
-    def _utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation, None where the device's peak is not known."""
-        if self._peak is None:
-            return None
-        return self._flops_per_token * tokens_per_second / (self._peak * self._world_size)
+
+@dataclass(frozen=True)
+class _Interval:
+    """What the updates since the last logged one come to."""
+
+    mean_loss: float
+    mean_nll: float
+    tokens_per_second: float
+    mfu: float
+    padding_efficiency: float
+    skew: tuple[int, float] | None
+    epoch: int
+
+
+def _memory(device: torch.device) -> tuple[int, int, int] | None:
+    """Bytes of GPU memory: allocated, reserved, and the most allocated so far."""
+    if device.type != "cuda":
+        return None
+    return (
+        torch.cuda.memory_allocated(device),
+        torch.cuda.memory_reserved(device),
+        torch.cuda.max_memory_allocated(device),
+    )
