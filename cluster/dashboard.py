@@ -185,7 +185,7 @@ def prometheus_at(port: int, runs: Path) -> bool:
         return False
     answer = _ask(f"http://{LOOPBACK}:{port}/api/v1/status/config")
     try:
-        config = yaml.safe_load(answer["data"]["yaml"]) if answer else None
+        config: Any = yaml.safe_load(answer["data"]["yaml"]) if answer else None
         patterns = [
             pattern
             for job in config["scrape_configs"]

@@ -11,17 +11,16 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.naming import is_claimed, logs_dir
+from cluster.time_left import Left, TimeLeft
+from trainer.config import TrainerConfig
 
 # The end of a log that a summary looks at: some thousand events.
 _RECENT_BYTES = 1 << 20
-
-# The pace is taken over the last logged steps: enough to be steady, few enough to be of now.
-_PACE_STEPS = 10
 
 _RANK_STARTED = re.compile(r"rank (\d+) of \d+, process (\d+)")
 
@@ -49,6 +48,7 @@ class Summary:
     bleu_of: str | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    left: str | None = None
     workers: int | None = None
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
@@ -178,7 +178,7 @@ def _summary(run_dir: Path, events: list[Event], failures: list[Event], now: flo
     position = _last(events, "step", "started", "resumed", "skipped", "finished") or {}
     checkpoint = _last(events, "checkpoint") or {}
     bleu, bleu_of = _bleu(run_dir, events)
-    left = _seconds_left(events, trainer, now) if state == "training" else None
+    left = _left(events, trainer, now) if state == "training" else None
     times = [_time(event) for event in (*events[-1:], *failures[-1:])]
     return Summary(
         name=run_dir.name,
@@ -193,7 +193,8 @@ def _summary(run_dir: Path, events: list[Event], failures: list[Event], now: flo
         bleu=bleu,
         bleu_of=bleu_of,
         tokens_per_second=_float(step.get("tokens_per_second")),
-        seconds_left=left,
+        seconds_left=left.seconds if left is not None else None,
+        left=str(left) if left is not None else None,
         workers=_integer(max((step, begun), key=_time).get("world_size")),
         checkpoint_step=_integer(checkpoint.get("step")),
         checkpoint_time=_float(checkpoint.get("time")),
@@ -239,28 +240,19 @@ def _state(
     return "interrupted", None
 
 
-def _seconds_left(events: list[Event], trainer: dict[str, Any], now: float) -> float | None:
-    """To the nearest limit, at the pace of the last logged steps of this group."""
-    begun = max(
-        (index for index, e in enumerate(events) if e["event"] in {"started", "resumed"}),
-        default=0,
-    )
-    steps = [
-        (step, elapsed_s, _time(event))
-        for event in events[begun:]
-        if event["event"] == "step"
-        and (step := _integer(event.get("step"))) is not None
-        and (elapsed_s := _float(event.get("elapsed_s"))) is not None
-    ][-_PACE_STEPS:]
-    if not steps:
+def _left(events: list[Event], trainer: dict[str, Any], now: float) -> Left | None:
+    """As the command that trains estimates it, less the time since the last logged step."""
+    step = _last(events, "step")
+    try:
+        clock = TimeLeft(TrainerConfig.model_validate(trainer))
+    except ValueError:
+        return None  # of another version
+    for event in events:
+        clock.hear(event)
+    left = clock.left()
+    if left is None or step is None:
         return None
-    (first, first_s, _), (last, last_s, logged) = steps[0], steps[-1]
-    limits = []
-    if (minutes := _float(trainer.get("max_minutes"))) is not None:
-        limits.append(minutes * 60 - last_s)
-    if (max_steps := _integer(trainer.get("max_steps"))) is not None and last > first:
-        limits.append((max_steps - last) * (last_s - first_s) / (last - first))
-    return max(0.0, min(limits) - (now - logged)) if limits else None
+    return replace(left, seconds=max(0.0, left.seconds - (now - _time(step))))
 
 
 def _attempts(events: list[Event], failures: list[Event], stands: Summary) -> list[Attempt]:

@@ -108,7 +108,7 @@ def table(runs: Sequence[Summary], *, now: float) -> str:
             _number(run.loss, ".4f"),
             _number(run.bleu, ".2f"),
             _number(run.tokens_per_second if run.is_live else None, ",.0f"),
-            "-" if run.seconds_left is None else _clock(run.seconds_left),
+            run.left or "-",
             _number(run.workers, "d"),
             "-" if run.checkpoint_time is None else _ago(run.checkpoint_time, now),
             str(run.restarts),
@@ -152,7 +152,7 @@ def _facts(found: Details, now: float) -> list[str]:
             and run.tokens_per_second is not None
             and f"{run.tokens_per_second:,.0f} tokens/s on {_number(run.workers, 'd')} workers",
         ),
-        ("left", run.seconds_left is not None and _clock(run.seconds_left)),
+        ("left", run.left),
         (
             "last event",
             run.last_event_time is not None and f"{_ago(run.last_event_time, now)} ago",
