@@ -1,4 +1,4 @@
-"""What a report shows of a run: curves, sample translations, the corpus.
+"""What a report shows of a run: sample translations, the corpus.
 
 Each function returns plain values for the template, or nothing where the run has not got that far.
 """
@@ -21,14 +21,10 @@ from data_shards.plan import Plan
 from trainer import figures
 from trainer.config import RunConfig
 from trainer.evaluate import Result
-from trainer.figures import Series
-from trainer.formats import format_number
 from trainer.run import evaluation_dir
 from trainer.test_sets import reopen
 
 log = logging.getLogger(__name__)
-
-Event = dict[str, Any]
 
 # Quantiles of the sentences' chrF that samples are taken at: the failures are shown as well.
 _SAMPLES = (
@@ -43,7 +39,6 @@ _SAMPLES = (
     (0.05, "5th percentile"),
     (0.0, "worst"),
 )
-_MAX_CURVE_POINTS = 1500
 
 
 @dataclass(frozen=True)
@@ -55,128 +50,6 @@ class Sample:
     reference: str
     hypothesis: str
     chrf: float
-
-
-def curves(events: list[Event], evaluations: list[Result]) -> list[dict[str, Any]]:
-    """Charts over the run's steps, each with ``heading``, ``note``, ``svg`` and ``wide``."""
-    steps = _thinned([event for event in events if event["event"] == "step"])
-    validated = [event for event in events if event["event"] == "validated"]
-    breaks = [event["step"] for event in events if event["event"] == "resumed" and "step" in event]
-    if not steps and not validated:
-        return []
-
-    def series(source: list[Event], key: str, label: str) -> list[Series]:
-        points = [(e["step"], e[key]) for e in source if e.get(key) is not None]
-        return [Series(label, *zip(*points, strict=True))] if points else []
-
-    tested = _bleu_curves(events, evaluations)
-    charts = [
-        chart
-        for chart in (
-            _Chart(
-                "loss",
-                "Loss",
-                "Negative log-likelihood a target token, without label smoothing.",
-                "nats a token",
-                series(steps, "mean_nll", "training")
-                + series(validated, "valid_nll", "validation"),
-            ),
-            _Chart("bleu", "BLEU", "Of single checkpoints, by test set.", "BLEU", tested),
-            _Chart(
-                "rate",
-                "Learning rate",
-                "Of each logged step.",
-                "rate",
-                series(steps, "learning_rate", "rate"),
-                from_zero=True,
-            ),
-            _Chart(
-                "speed",
-                "Throughput",
-                "Source and target tokens; padding is not counted.",
-                "tokens a second",
-                series(steps[1:] or steps, "tokens_per_second", "throughput"),
-                from_zero=True,
-            ),
-            _Chart(
-                "norm",
-                "Gradient norm",
-                "Before clipping.",
-                "norm",
-                series(steps, "grad_norm", "norm"),
-                from_zero=True,
-            ),
-        )
-        if chart.lines
-    ]
-    # Two in a row: of an odd number the first takes a row of its own.
-    return [
-        _drawn(chart, breaks, wide=number == 0 and len(charts) % 2 == 1)
-        for number, chart in enumerate(charts)
-    ]
-
-
-def _bleu_curves(events: list[Event], evaluations: list[Result]) -> list[Series]:
-    """A curve for each test set with two checkpoints at least, one point a step: those scored while
-    training, and those evaluated since; averages and ensembles aside.
-    """
-    points: dict[str, dict[int, float]] = {}
-    for event in events:
-        if is_validation_bleu(event):
-            points.setdefault(event["test_set"], {})[event["step"]] = event["bleu"]
-    for result in evaluations:
-        is_single = len(result.averaged_steps) == 1 and not result.ensemble
-        if is_single and result.checkpoint != "ema":
-            points.setdefault(result.test_set, {})[result.step] = result.bleu
-    return [
-        Series(test_set, *zip(*sorted(bleu.items()), strict=True))
-        for test_set, bleu in points.items()
-        if len(bleu) > 1
-    ]
-
-
-def is_validation_bleu(event: Event) -> bool:
-    """Whether the event is of a checkpoint that was scored beside the training."""
-    return event["event"] == "evaluated" and event.get("checkpoint") == str(event.get("step"))
-
-
-@dataclass(frozen=True)
-class _Chart:
-    name: str
-    heading: str
-    note: str
-    y_label: str
-    lines: list[Series]
-    from_zero: bool = False
-
-
-def _drawn(chart: _Chart, breaks: list[int], *, wide: bool) -> dict[str, Any]:
-    ends = "; ".join(
-        f"{line.label}: {format_number(line.y[-1])} at the end" for line in chart.lines
-    )
-    picture = figures.curves(
-        chart.lines,
-        name=chart.name,
-        title=f"{chart.heading} over steps. {ends}.",
-        y_label=chart.y_label,
-        breaks=breaks,
-        from_zero=chart.from_zero,
-        wide=wide,
-    )
-    return {
-        "heading": chart.heading,
-        "note": chart.note,
-        "svg": Markup(picture),  # noqa: S704
-        "wide": wide,
-    }
-
-
-def _thinned(steps: list[Event]) -> list[Event]:
-    """Evenly taken points, the last one among them: a screen shows no more."""
-    if len(steps) <= _MAX_CURVE_POINTS:
-        return steps
-    taken = np.linspace(0, len(steps) - 1, _MAX_CURVE_POINTS).round().astype(int)
-    return [steps[index] for index in taken]
 
 
 def samples(run_dir: Path, main: Result | None, manifest: Manifest | None) -> list[Sample]:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Matplotlib wants real colours; these stand for the page's, which differ by light and dark.
-_INK, _MUTED, _GRID = "#010101", "#010102", "#010103"
-_SERIES = ("#010111", "#010112", "#010113")
+_INK, _MUTED, _GRID, _CARD = "#010101", "#010102", "#010103", "#010104"
+# As many as the page has colours for; more curves begin again, with another dash.
+SERIES = tuple(f"#01011{number}" for number in range(1, 9))
 _VARIABLES = {
     _INK: "var(--ink)",
     _MUTED: "var(--muted)",
     _GRID: "var(--line)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, start=1)},
+    _CARD: "var(--card)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
 }
 _RC = {
     "axes.axisbelow": True,
@@ -59,6 +61,14 @@ _RC = {
     "ytick.major.size": 0,
 }
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+# How a mark looks: its line, None for no line, and its sign at the top, which needs no colour.
+_MARKS: dict[str, tuple[Any, str]] = {
+    "resumed": (":", "|"),
+    "recovered": ("--", "v"),
+    "resized": ((0, (4, 2, 1, 2)), "D"),
+    "skipped": (None, "x"),
+    "rewound": (":", "<"),
+}
 # Up to here every point is marked, so that a run of a single logged step shows something.
 _MARKED_POINTS = 25
 
@@ -72,6 +82,14 @@ class Series:
     y: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where something happened: ``kind`` is resumed, recovered, resized, skipped or rewound."""
+
+    kind: str
+    x: Sequence[float]
+
+
 def curves(
     series: Sequence[Series],
     *,
@@ -79,42 +97,103 @@ def curves(
     title: str,
     y_label: str,
     x_label: str = "step",
-    breaks: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
+    has_whole_x: bool = True,
     from_zero: bool = False,
     wide: bool = False,
+    looks: Sequence[int] | None = None,
 ) -> str:
     """Curves over a common x axis as an SVG element.
 
     Args:
         name: unique within the page; prefixes every id of the picture.
         title: the text alternative.
-        breaks: x of vertical marks where training was resumed.
+        marks: what happened, drawn as upright lines with a sign above.
+        has_whole_x: only whole numbers have a tick on the x axis.
         from_zero: let the y axis begin at zero.
         wide: twice as wide as it would be else, at about the same height.
+        looks: each curve's number, which decides its colour and dash; by default its place.
     """
 
+    # A line of its own needs no name, unless it might be another's.
+    is_named = len(series) > 1 or looks is not None
+
     def draw(axes: Axes) -> None:
-        for number, item in enumerate(series):
+        for number, item in zip(looks or range(len(series)), series, strict=True):
             axes.plot(
                 item.x,
                 item.y,
-                color=_SERIES[number % len(_SERIES)],
+                color=SERIES[number % len(SERIES)],
                 linestyle=_DASHES[number % len(_DASHES)],
                 linewidth=1.6,
                 marker="os^"[number % 3] if len(item.x) <= _MARKED_POINTS else None,
                 markersize=3.5,
-                label=item.label if len(series) > 1 else "",
+                label=item.label if is_named else "",
             )
-        for number, x in enumerate(breaks):
-            axes.axvline(
-                x, color=_MUTED, linewidth=0.9, linestyle=":", label="" if number else "resumed"
-            )
+        for mark in marks:
+            _mark(axes, mark)
         if from_zero:
             axes.set_ylim(0, 1.08 * max([*(y for item in series for y in item.y), 1e-12]))
-        if len(series) > 1 or breaks:
+        if is_named or marks:
             _add_legend(axes)
 
-    return _draw(draw, name=name, title=title, x_label=x_label, y_label=y_label, wide=wide)
+    return _draw(
+        draw,
+        name=name,
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        wide=wide,
+        has_whole_x=has_whole_x,
+    )
+
+
+def areas(
+    series: Sequence[Series], *, name: str, title: str, y_label: str, x_label: str = "step"
+) -> str:
+    """Areas one on the other over a common x, the first at the bottom; with one x, bars."""
+
+    def draw(axes: Axes) -> None:
+        x = np.asarray(series[0].x, dtype=float)
+        base = np.zeros(len(x))
+        for number, item in enumerate(series):
+            top = base + np.asarray(item.y, dtype=float)
+            color = SERIES[number % len(SERIES)]
+            if len(x) == 1:
+                axes.bar(x, top - base, 0.4, base, color=color, alpha=0.8, label=item.label)
+            else:
+                axes.fill_between(
+                    x, base, top, color=color, alpha=0.8, linewidth=0, label=item.label
+                )
+                # The edge parts neighbours for who cannot tell their colours.
+                axes.plot(x, top, color=_CARD, linewidth=0.8)
+            base = top
+        axes.set_ylim(0, 1.08 * max(float(base.max(initial=0.0)), 1e-12))
+        if len(x) > 1:
+            axes.set_xlim(x[0], x[-1])
+        else:
+            axes.set_xlim(x[0] - 1, x[0] + 1)
+        _add_legend(axes)
+
+    return _draw(draw, name=name, title=title, x_label=x_label, y_label=y_label, wide=True)
+
+
+def _mark(axes: Axes, mark: Mark) -> None:
+    line, sign = _MARKS[mark.kind]
+    if line is not None:
+        for x in mark.x:
+            axes.axvline(x, color=_MUTED, linewidth=0.9, linestyle=line)
+    axes.plot(
+        mark.x,
+        [1.0] * len(mark.x),
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+        color=_MUTED,
+        linestyle="none",
+        marker=sign,
+        markersize=5,
+        label=mark.kind,
+    )
 
 
 def histogram(
@@ -136,7 +215,7 @@ def histogram(
             axes.stairs(
                 counts,
                 edges,
-                color=_SERIES[number],
+                color=SERIES[number],
                 linestyle=_DASHES[number],
                 linewidth=1.6,
                 label=label,
@@ -212,6 +291,7 @@ def _draw(
     x_label: str,
     y_label: str,
     wide: bool = False,
+    has_whole_x: bool = True,
 ) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -226,7 +306,7 @@ def _draw(
         draw(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(12 if wide else 6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(12 if wide else 6, integer=has_whole_x))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         return _inline(figure, name, title)
@@ -234,7 +314,7 @@ def _draw(
 
 def _add_legend(axes: Axes) -> None:
     # Above the curves, where it hides nothing; searching the best place inside takes long.
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.7)
 
 
 def _tick(value: float) -> str:

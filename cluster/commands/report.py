@@ -6,22 +6,70 @@ from pathlib import Path
 
 import click
 
-from cluster.options import runs_option
+from cluster.options import json_option, print_json, runs_option
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run_names", metavar="RUN...", nargs=-1, required=True)
 @runs_option
-def report(run: str, runs: Path) -> None:
-    """Write the page of the run RUN: curves, BLEU, cost, attention, samples. Prints its path.
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Page of several runs; by default report-RUN-RUN.html in the folder of the runs.",
+)
+@click.option(
+    "--price",
+    type=float,
+    metavar="RATE",
+    help="Price of a device-hour: what a GPU, or a worker's share of a CPU, costs an hour.",
+)
+@click.option(
+    "--currency", default="USD", show_default=True, metavar="NAME", help="What --price is in."
+)
+@json_option
+def report(
+    run_names: tuple[str, ...],
+    runs: Path,
+    output: Path | None,
+    price: float | None,
+    currency: str,
+    as_json: bool,
+) -> None:
+    """Write the page of a run: curves, BLEU, cost, reliability, attention, samples, method.
+
+    Of several runs, one page that has them side by side. Prints the page's path. With --json no
+    page is written: the numbers behind it are printed.
 
     \b
-    Example:
+    Examples:
       babelray report demo
+      babelray report base big --price 2.50 --currency USD
+      babelray report demo --json
     """
-    from cluster.naming import find_run
+    from cluster import naming
+    from data_shards.errors import UserError
 
-    run_dir = find_run(run, runs)
-    from trainer.report import write_report
+    folders = [naming.find_run(run, runs) for run in run_names]
+    if output is not None and len(folders) == 1:
+        raise UserError("--output is for several runs: the page of one is its own report.html")
 
-    click.echo(str(write_report(run_dir)))
+    from trainer.exhibits_cost import Rate
+
+    rate = None if price is None else Rate(price, currency)
+    if as_json:
+        from trainer.report_comparison import read_runs
+        from trainer.report_numbers import compared, numbers
+
+        found = [numbers(log, rate) for log in read_runs(folders)]
+        print_json(found[0] if len(found) == 1 else compared(found))
+    elif len(folders) == 1:
+        from trainer.report import write_report
+
+        click.echo(str(write_report(folders[0], rate=rate)))
+    else:
+        from trainer.report_comparison import default_output, read_runs, write_comparison
+
+        logs = read_runs(folders)
+        file = output or default_output(runs, [log.name.replace("/", "-") for log in logs])
+        click.echo(str(write_comparison(logs, file, rate=rate)))

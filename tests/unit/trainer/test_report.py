@@ -155,7 +155,7 @@ def test_sentences_are_escaped(run_dir, tmp_path):
     shutil.rmtree(run_dir / "evaluation")
     evaluate(run_dir, checkpoint="last", source=source, reference=reference, beam=1)
     page = _page(run_dir)
-    assert page.tags.count("script") == 2  # the page's own
+    assert page.tags.count("script") == 3  # the page's own
     assert "b" in page.tags
     assert page.text.count(nasty) == 4  # among the samples and among the worst
     assert "<script>alert" not in (run_dir / "report.html").read_text()
