@@ -14,6 +14,7 @@ from cluster.commands.data import data
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
 from cluster.commands.logs import logs
+from cluster.commands.profile import profile
 from cluster.commands.report import report
 from cluster.commands.serve import serve
 from cluster.commands.status import status
@@ -81,6 +82,7 @@ for _command in (
     serve,
     status,
     logs,
+    profile,
     dashboard,
 ):
     cli.add_command(_command)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from data_shards.config import PAD_ID
+from data_shards.manifest import Manifest
+from data_shards.plan import Plan
 from model.config import ModelConfig
 from model.cost import batch_flops
 from model.transformer import Transformer, build
@@ -26,6 +29,66 @@ from trainer.engine import import_deepspeed
 
 # B pairs, S source and T target length.
 Shape = tuple[int, int, int]
+
+# Of the pass that DeepSpeed's profiler watches: about a second on a core.
+_DEEPSPEED_FLOPS = 2e10
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Operations of a step's forward and backward passes, over all lanes.
+
+    The backward pass is two products for each of the forward's: both counts are three times that.
+
+    Attributes:
+        step: counted from 1.
+        cost: by ``model.cost``, of the real tokens.
+        torch: by PyTorch's counter, of the batches as they are, padded.
+        padding: real tokens of those computed on.
+        deepspeed_ratio: DeepSpeed's count by ours, on ``deepspeed_pairs`` of the step's pairs
+            without padding, forward only.
+    """
+
+    step: int
+    cost: float
+    torch: float
+    padding: float
+    deepspeed_ratio: float
+    deepspeed_pairs: int
+
+
+def count_step(config: ModelConfig, manifest: Manifest, plan: Plan, step: int) -> StepCounts:
+    """Count a step, numbered from 1, by all three counters; takes some seconds."""
+    batches = plan.step(step - 1)
+    vocab_size = manifest.vocabulary_size
+    shapes = [(len(b.pair_ids), b.source_length, b.target_length) for b in batches]
+    real = sum(batch.num_source_tokens + batch.num_target_tokens for batch in batches)
+    pairs, source, target = shapes[0]
+    of_a_pair = counted_by_cost(config, vocab_size, [(1, source, target)])
+    sample = max(1, min(pairs, int(_DEEPSPEED_FLOPS / of_a_pair))), source, target
+    deepspeed, _ = counted_by_deepspeed(config, vocab_size, sample)
+    return StepCounts(
+        step=step,
+        cost=step_cost(config, manifest, plan, step),
+        torch=3.0 * counted_by_torch(config, vocab_size, shapes),
+        padding=real / sum(b * (s + t) for b, s, t in shapes),
+        deepspeed_ratio=deepspeed / counted_by_cost(config, vocab_size, [sample]),
+        deepspeed_pairs=sample[0],
+    )
+
+
+def step_cost(config: ModelConfig, manifest: Manifest, plan: Plan, step: int) -> float:
+    """Operations of a step's real tokens, forward and backward, by ``model.cost``."""
+    lengths = manifest.lengths
+    return 3.0 * sum(
+        batch_flops(
+            config,
+            manifest.vocabulary_size,
+            lengths[batch.pair_ids, 0].tolist(),
+            lengths[batch.pair_ids, 1].tolist(),
+        )
+        for batch in plan.step(step - 1)
+    )
 
 
 def counted_by_cost(config: ModelConfig, vocab_size: int, shapes: Iterable[Shape]) -> float:
