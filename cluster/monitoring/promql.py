@@ -68,8 +68,11 @@ def share_of_step(phase: str, by: str = "run", window: str = WINDOW) -> str:
 SINCE_STEP = since("last_step_timestamp_seconds")
 SINCE_CHECKPOINT = since("last_checkpoint_timestamp_seconds")
 
-# Steps that a failure now would cost, and the same in intervals between checkpoints.
-STEPS_AT_RISK = f"clamp_min({newest('position_steps')} - {newest('last_checkpoint_step')}, 0)"
+# Steps that a failure now would cost, and the same in intervals between checkpoints. No more than
+# the steps made since the command began: a resumed run has committed none itself yet.
+_UNCOMMITTED = f"({newest('position_steps')} - {newest('last_checkpoint_step')})"
+_MADE = f"sum by (run) ({babelray('steps_total')})"
+STEPS_AT_RISK = f"({_UNCOMMITTED} <= {_MADE} or {_MADE} < {_UNCOMMITTED})"
 INTERVALS_AT_RISK = f"{STEPS_AT_RISK} / {newest('checkpoint_interval_steps')}"
 
 # The worst that holds, as a number: what HEALTH_STATES says. The same limits as in alerts.yaml.
@@ -77,7 +80,7 @@ _LOSS = babelray("loss_nats")
 HEALTH = (
     f"(({SINCE_STEP} > 600) * 0 + 3)"
     f" or on (run) (count by (run) (({_LOSS} != {_LOSS}) or (abs({_LOSS}) == +Inf)) * 0 + 2)"
-    f" or on (run) (({INTERVALS_AT_RISK} > 3) * 0 + 1)"
+    f" or on (run) ((({INTERVALS_AT_RISK} > 2) and on (run) ({SINCE_CHECKPOINT} > 900)) * 0 + 1)"
     f" or on (run) ({SINCE_STEP}) * 0"
 )
 HEALTH_STATES = (

@@ -8,7 +8,7 @@ from cluster.monitoring import promql as q
 from cluster.monitoring.panels import Row, assemble, curve, number, states
 
 EVENTS = ((None, "green"), (1, "orange"))
-LATE = ((None, "green"), (1.5, "orange"), (3, "red"))
+LATE = ((None, "green"), (1.5, "orange"), (2, "red"))
 
 
 def draw() -> dm.Dashboard:
@@ -55,7 +55,7 @@ def _glance() -> Row:
             ),
             number(
                 "Intervals at risk",
-                "The same in intervals between checkpoints; three wake somebody.",
+                "The same in intervals between checkpoints; two, and 15 minutes, wake somebody.",
                 q.INTERVALS_AT_RISK,
                 "short",
                 decimals=1,

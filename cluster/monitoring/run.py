@@ -41,8 +41,8 @@ def _glance() -> Row:
         [
             number(
                 "Health",
-                "The worst of: no step for ten minutes, a loss that is not a number, three "
-                "intervals without a checkpoint.",
+                "The worst of: no step for ten minutes, a loss that is not a number, no checkpoint "
+                "in two intervals and 15 minutes.",
                 q.HEALTH,
                 "short",
                 states=q.HEALTH_STATES,
