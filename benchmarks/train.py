@@ -82,8 +82,9 @@ def train_ours(run_dir: Path, meter: Meter) -> None:
     """The trainer's own loop (plan, stream, DeepSpeed, events, metrics), stopped between turns."""
     from trainer.events import EventLog
     from trainer.loop import Loop
-    from trainer.metrics import Metrics
+    from trainer.metrics import RankMetrics, RunMetrics
     from trainer.rank import Rank
+    from trainer.reporter import Voices
 
     class Events(EventLog):
         """Logs every step; the loop stands still while the meter waits for a turn."""
@@ -102,7 +103,10 @@ def train_ours(run_dir: Path, meter: Meter) -> None:
     rank = Rank(config, run_dir, rank=0, world_size=1, local_rank=0)
     rank.prepare()
     meter.start()
-    Loop(rank, Events(run_dir / "events.jsonl"), Metrics("benchmark", host="", port=0)).run()
+    voices = Voices(
+        Events(run_dir / "events.jsonl"), RunMetrics("benchmark"), RankMetrics("benchmark", 0)
+    )
+    Loop(rank, voices).run()
 
 
 # The plain loop. It shares no code with the trainer, except for what reads the corpus.

@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,10 @@ class EventLog:
     """Appends events to a run's file, each as one line that is written at once.
 
     While the disk is full the lines wait, as long as this process lives.
-
-    Args:
-        file: where to append.
-        listener: is given each event, too.
     """
 
-    def __init__(
-        self, file: Path, listener: Callable[[dict[str, Any]], None] | None = None
-    ) -> None:
-        self._file, self._listener = file, listener
+    def __init__(self, file: Path) -> None:
+        self._file = file
         file.parent.mkdir(parents=True, exist_ok=True)
         # A killed writer may have left half a line: end it, so that the next event stands alone.
         self._is_torn = _ends_torn(file)
@@ -49,8 +42,6 @@ class EventLog:
         self._flush()
         if event in _LASTING and not self._pending:
             os.fsync(self._descriptor)
-        if self._listener is not None:
-            self._listener(line)
 
     def _flush(self) -> None:
         try:

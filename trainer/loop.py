@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from trainer.machine import describe, versions
 from trainer.measures import Measured, Measures
 from trainer.metrics import RankMetrics, RunMetrics, Slot
 from trainer.phases import Seconds
+from trainer.profile import PROFILE_FILE, StepProfiler
 from trainer.rank import Rank
 from trainer.reporter import Reporter, Update, Voices
 from trainer.saver import Saver
@@ -144,20 +145,22 @@ class Loop:
         )
         clock_offset_s = state.elapsed_s - time.monotonic()
         self.engine.train()
-        reason = None
+        reason = lap = None
+        requests: frozenset[str] = frozenset()
         self.phases.lap()  # what came before is no step
-        lap = None
-        with stream:
+        with stream, closing(self._profiler()) as profiler:
             while reason is None:
                 self.rank.watchdog.beat()
+                profiler.step_begins(state.step, PROFILE_FILE in requests, self.phases)
                 self.rank.phase = "waiting for data"
                 with self.phases("data_wait"):
                     batches = next(stream)
                 totals = self._accumulate(batches, clock_offset_s, lap)
                 self.saving.hear(*totals.saving)
                 self._update(totals, batches.step, lap)
-                reason = self._reason_to_stop(totals.requests)
-                hold = HOLD_FILE in totals.requests
+                requests = totals.requests
+                reason = self._reason_to_stop(requests)
+                hold = HOLD_FILE in requests
                 improved = False
                 if state.step % config.validate_every == 0 or reason not in (None, "stopped"):
                     with self.phases("validation"):
@@ -177,6 +180,16 @@ class Loop:
                     self._hand_over()
                 lap = self.phases.lap()
         return reason
+
+    def _profiler(self) -> StepProfiler:
+        return StepProfiler(
+            self.rank.run_dir,
+            rank=self.rank.number,
+            world_size=self.rank.world_size,
+            device=self.rank.device,
+            is_first=self.rank.is_first,
+            plan=self.plan,
+        )
 
     def _accumulate(
         self, batches: StepBatches, clock_offset_s: float, lap: Seconds | None
@@ -497,11 +510,11 @@ def _describe(this: Rank, metrics: RunMetrics, packages: dict[str, str]) -> None
 
 
 # Rank 0 looks for these files at each step.
-_REQUESTS = (STOP_FILE, HOLD_FILE, EARLY_STOP_FILE)
+_REQUESTS = (STOP_FILE, HOLD_FILE, EARLY_STOP_FILE, PROFILE_FILE)
 
 
 def _forget_requests(run_dir: Path) -> None:
-    for name in (*_REQUESTS, HELD_FILE):
+    for name in (STOP_FILE, HOLD_FILE, EARLY_STOP_FILE, HELD_FILE):
         with suppress(FileNotFoundError):
             (run_dir / name).unlink()
 
