@@ -76,7 +76,7 @@ class Cost:
 def cost(log: RunLog, rate: Rate | None = None) -> Cost:
     """Add up what the log tells."""
     unknown: dict[str, str] = {}
-    counted, is_reckoned = log.last("flops", "step"), False
+    counted, is_reckoned = _gained(log, "flops"), False
     if counted is None:
         counted, is_reckoned = _reckoned(log), True
         if counted is None:
@@ -88,7 +88,7 @@ def cost(log: RunLog, rate: Rate | None = None) -> Cost:
     paper = _by_the_papers_method(log.attempts)
     if paper is None:
         unknown["paper_flops"] = "the sustained rate was not measured when the run started"
-    energy = log.last("energy_joules", "step")
+    energy = _gained(log, "energy_joules")
     if energy is None:
         unknown["energy_joules"] = "the log has no reading of an energy counter"
     held = [(_held(log, number), attempt.num_workers) for number, attempt in _numbered(log)]
@@ -231,6 +231,14 @@ def _beside(found: Cost) -> str:
     how = "by the same method" if found.paper_flops else "by count"
     many = f"{format_number(times)} times this run" if times >= 1 else f"{times:.2g} of this run"
     return f"Vaswani et al. 2017, Table 2; base is {many}, {how}"
+
+
+def _gained(log: RunLog, key: str) -> float | None:
+    """A sum over all attempts, what was undone included; None where an attempt did not log it."""
+    trained = [attempt for attempt in log.attempts if attempt.steps]
+    if not trained or any(attempt.steps[-1].get(key) is None for attempt in trained):
+        return None
+    return sum(attempt.gained(key) for attempt in trained)
 
 
 def _by_the_papers_method(attempts: list[Attempt]) -> float | None:

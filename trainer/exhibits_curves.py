@@ -107,7 +107,7 @@ def charts(log: RunLog) -> list[Chart]:
         Chart(
             "skew",
             "Skew between workers",
-            "The slowest worker's own computing time over the median; 1 is even.",
+            "The slowest worker's own time a token over the median worker's; 1 is even.",
             "ratio",
             _series(settled, "skew", "skew"),
         ),

@@ -19,6 +19,7 @@ PHASES = {
     "communication": "exchanging gradients, and waiting for slower workers",
     "optimizer": "clipping and the update",
     "checkpoint": "standing still for a checkpoint",
+    "validation": "validating, spread over the steps",
     "other": "all else: logging, bookkeeping",
 }
 _MAX_POINTS = 120

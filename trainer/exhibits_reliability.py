@@ -96,7 +96,9 @@ def _restart(log: RunLog, number: int) -> dict[str, Any]:
         "workers": attempt.num_workers,
         "lost_seconds": lost,
         "redone_steps": max(0, before.last_step - attempt.first_step),
-        "redone_seconds": max(0.0, before.end_elapsed_s - attempt.elapsed_s),
+        "redone_seconds": max(
+            0.0, before.ended_with("elapsed_s") - attempt.begun_with["elapsed_s"]
+        ),
     }
 
 

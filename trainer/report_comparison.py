@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,13 @@ def default_output(runs: Path, names: Sequence[str]) -> Path:
     return runs / f"{file[:200]}.html"
 
 
-def read_runs(run_dirs: Sequence[Path]) -> list[RunLog]:
+def read_runs(
+    run_dirs: Sequence[Path], *, is_live: Callable[[Path], bool] | None = None
+) -> list[RunLog]:
     """The runs, each under a name of its own: the folder's, with the parent's where two are alike.
+
+    Args:
+        is_live: tells whether a run is being trained now.
 
     Raises:
         UserError: a folder holds no run, or is given twice.
@@ -45,7 +50,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunLog]:
     for number, folder in enumerate(resolved):
         if folder in resolved[:number]:
             raise UserError(f"{run_dirs[number]}: given twice; name each run once")
-    logs = [read_run(folder) for folder in run_dirs]
+    logs = [read_run(folder, is_live=is_live(folder) if is_live else None) for folder in run_dirs]
     names = [log.name for log in logs]
     return [
         replace(log, name=f"{folder.parent.name}/{log.name}") if names.count(log.name) > 1 else log

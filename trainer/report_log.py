@@ -24,6 +24,9 @@ Event = dict[str, Any]
 
 _BEGINNINGS = frozenset({"started", "resumed"})
 
+# Of the run's beginning, in its log; what is undone is taken off again.
+SUMS = ("elapsed_s", "flops", "energy_joules")
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -33,13 +36,13 @@ class Attempt:
     Attributes:
         start: its first line.
         lines: all that it logged, the first line included.
-        elapsed_s: training time of the run at its start.
+        begun_with: what the run's sums (``SUMS``) were at its start.
         failures: lines of ``logs/failures.jsonl`` that came between it and the one before.
     """
 
     start: Event
     lines: list[Event]
-    elapsed_s: float
+    begun_with: dict[str, float]
     failures: list[Event] = field(default_factory=list)
 
     @property
@@ -57,15 +60,18 @@ class Attempt:
         """Its logged steps."""
         return [line for line in self.lines if line["event"] == "step"]
 
-    @property
-    def end_elapsed_s(self) -> float:
-        """Training time of the run at its end, as far as it was logged."""
-        return max([self.elapsed_s, *(elapsed_s for _, elapsed_s in _points(self.lines))])
+    def ended_with(self, key: str) -> float:
+        """A sum at its end, as far as it was logged."""
+        return max([self.begun_with[key], *(value for _, value in _points(self.lines, key))])
+
+    def gained(self, key: str) -> float:
+        """What it added to a sum, whether or not the work was kept."""
+        return self.ended_with(key) - self.begun_with[key]
 
     @property
     def training_s(self) -> float:
-        """Seconds that it trained, whether or not the work was kept."""
-        return self.end_elapsed_s - self.elapsed_s
+        """Seconds that it trained."""
+        return self.gained("elapsed_s")
 
     @property
     def began_at(self) -> float | None:
@@ -198,29 +204,34 @@ def _attempts(raw: list[Event], failures: list[Event]) -> list[Attempt]:
             groups.append([])
         groups[-1].append(event)
     attempts: list[Attempt] = []
-    points = [(0.0, 0.0)]  # steps and the training time at each, as far as they still count
+    # Steps, and the sums at each, as far as they still count.
+    points = {key: [(0.0, 0.0)] for key in SUMS}
     for lines in groups:
         is_begun = lines[0]["event"] in _BEGINNINGS
-        start = lines[0] if is_begun else {"event": "started", "step": 0}
+        start: Event = lines[0] if is_begun else {"event": "started", "step": 0}
         step = float(start.get("step") or 0)
-        points.sort()
-        # A checkpoint may lie between two logged steps.
-        steps, seconds = np.array(points).T
-        elapsed_s = float(np.interp(step, steps, seconds))
+        begun_with = {key: _at(step, points[key]) for key in SUMS}
         before = attempts[-1] if attempts else None
-        attempts.append(Attempt(start, lines, elapsed_s, _between(failures, before, lines)))
-        points = [*(point for point in points if point[0] < step), (step, elapsed_s)]
-        points += _points(lines)
+        attempts.append(Attempt(start, lines, begun_with, _between(failures, before, lines)))
+        for key in SUMS:
+            kept = [point for point in points[key] if point[0] < step]
+            points[key] = [*kept, (step, begun_with[key]), *_points(lines, key)]
     return attempts
 
 
-def _points(lines: list[Event]) -> list[tuple[float, float]]:
-    """Steps, and the training time at each."""
+def _at(step: float, points: list[tuple[float, float]]) -> float:
+    """A sum at a step; a checkpoint may lie between two logged ones."""
+    steps, values = np.array(sorted(points)).T
+    return float(np.interp(step, steps, values))
+
+
+def _points(lines: list[Event], key: str) -> list[tuple[float, float]]:
+    """Steps, and a sum at each."""
     found = []
     for line in lines:
-        step, elapsed_s = line.get("step"), line.get("elapsed_s")
-        if isinstance(step, int | float) and isinstance(elapsed_s, int | float):
-            found.append((float(step), float(elapsed_s)))
+        step, value = line.get("step"), line.get(key)
+        if isinstance(step, int | float) and isinstance(value, int | float):
+            found.append((float(step), float(value)))
     return found
 
 
@@ -228,7 +239,7 @@ def _between(failures: list[Event], before: Attempt | None, lines: list[Event]) 
     start, until = before.began_at if before else None, _moment(lines[0])
     if start is None or until is None:
         return []
-    return [failure for failure in failures if start <= (_moment(failure) or 0.0) <= until]
+    return [failure for failure in failures if start <= (_moment(failure) or -1.0) <= until]
 
 
 def _moment(event: Event) -> float | None:

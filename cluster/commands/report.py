@@ -61,15 +61,16 @@ def report(
         from trainer.report_comparison import read_runs
         from trainer.report_numbers import compared, numbers
 
-        found = [numbers(log, rate) for log in read_runs(folders)]
+        found = [numbers(log, rate) for log in read_runs(folders, is_live=naming.is_claimed)]
         print_json(found[0] if len(found) == 1 else compared(found))
     elif len(folders) == 1:
         from trainer.report import write_report
 
-        click.echo(str(write_report(folders[0], rate=rate)))
+        is_live = naming.is_claimed(folders[0])
+        click.echo(str(write_report(folders[0], rate=rate, is_live=is_live)))
     else:
         from trainer.report_comparison import default_output, read_runs, write_comparison
 
-        logs = read_runs(folders)
+        logs = read_runs(folders, is_live=naming.is_claimed)
         file = output or default_output(runs, [log.name.replace("/", "-") for log in logs])
         click.echo(str(write_comparison(logs, file, rate=rate)))
