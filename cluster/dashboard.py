@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,10 +323,12 @@ def _ray_dashboards() -> dict[str, str]:
         generate_train_grafana_dashboard,
     )
 
-    return {
-        "ray-core": generate_default_grafana_dashboard()[0],
-        "ray-train": generate_train_grafana_dashboard()[0],
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves files to be closed by chance
+        return {
+            "ray-core": generate_default_grafana_dashboard()[0],
+            "ray-train": generate_train_grafana_dashboard()[0],
+        }
 
 
 def _datasources(prometheus_url: str) -> dict[str, Any]:

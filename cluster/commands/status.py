@@ -107,7 +107,7 @@ def table(runs: Sequence[Summary], *, now: float) -> str:
             _number(run.epoch, "d"),
             _number(run.loss, ".4f"),
             _number(run.bleu, ".2f"),
-            _number(run.tokens_per_second if run.is_live else None, ",.0f"),
+            _number(run.tokens_per_second if run.state == "training" else None, ",.0f"),
             run.left or "-",
             _number(run.workers, "d"),
             "-" if run.checkpoint_time is None else _ago(run.checkpoint_time, now),
@@ -148,7 +148,7 @@ def _facts(found: Details, now: float) -> list[str]:
         ("BLEU", run.bleu is not None and f"{run.bleu:.2f} ({run.bleu_of})"),
         (
             "speed",
-            run.is_live
+            run.state == "training"
             and run.tokens_per_second is not None
             and f"{run.tokens_per_second:,.0f} tokens/s on {_number(run.workers, 'd')} workers",
         ),
