@@ -17,10 +17,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TextIO
 
-from cluster.progress import Level, News
-
 if TYPE_CHECKING:
     from cluster.console_live import LiveConsole
+    from cluster.progress import Level, News
 
 LogFormat = Literal["auto", "text", "json"]
 LOG_FORMATS: tuple[LogFormat, ...] = ("auto", "text", "json")
@@ -146,6 +145,8 @@ class JsonConsole:
         """Write an event, whole."""
         fields = dict(news.event)
         written_at = fields.pop("time", None)
+        if fields.get("event") == "step" and news.status.left is not None:
+            fields["seconds_left"] = round(news.status.left.seconds)
         message = fields.pop("message", None) or str(fields.get("event")).replace("_", " ")
         self.write(
             written_at if isinstance(written_at, int | float) else time.time(),

@@ -13,7 +13,7 @@ from trainer.config import TrainerConfig
 _LEAST_WINDOW, _MOST_WINDOW = 20, 1000
 # An interval counts as so many typical ones at most: that a machine slept once, or that a storage
 # hung, says nothing of what comes.
-_MOST_TIMES_TYPICAL = 8.0
+_MOST_TIMES_TYPICAL = 5.0
 # The pace is known when there are so many intervals and its standard error is that small.
 _LEAST_KNOWN, _MOST_ERROR = 3, 0.15
 _VALIDATIONS_KEPT = 5
@@ -91,8 +91,10 @@ class TimeLeft:
         if not limits:
             return None
         seconds, due = min(limits)
+        if seconds <= 0 or step == trainer.max_steps:
+            return None
         return Left(
-            max(0.0, seconds),
+            seconds,
             is_least=due > 0 and validation_s is None,
             is_most=trainer.patience is not None,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +20,9 @@ from cluster.options import (
     set_option,
     with_mirror,
 )
+
+if TYPE_CHECKING:
+    from cluster.progress import News
 
 
 def _workers(
@@ -107,6 +112,7 @@ def train(
         raise click.UsageError("give --resume or --overwrite, not both")
     from cluster import naming
     from cluster.train import check_lanes, start
+    from trainer.trackers import Trackers, find_trackers
 
     console = open_console(log_format)
     with errors_told(console), console:
@@ -120,20 +126,33 @@ def train(
         )
         console.name(name)
         check_lanes(config, workers)
+        trackers = Trackers(
+            find_trackers(config.trainer.trackers),
+            name,
+            (runs / name).absolute(),
+            config.model_dump(mode="json"),
+            complain=lambda line: console.say(line, "warning"),
+        )
         from data_shards.shards import prepare
 
         prepare(config.data, progress=console.say)  # at once, if it is prepared already
+
+        def tell(news: News) -> None:
+            console.tell(news)
+            trackers.event(news.event)
+
         console.begin()
-        outcome = start(
-            config,
-            name,
-            runs=runs,
-            workers=workers,
-            overwrite=overwrite,
-            dashboard_port=dashboard_port,
-            say=console.say,
-            tell=console.tell,
-        )
+        with closing(trackers):
+            outcome = start(
+                config,
+                name,
+                runs=runs,
+                workers=workers,
+                overwrite=overwrite,
+                dashboard_port=dashboard_port,
+                say=console.say,
+                tell=tell,
+            )
     if as_json:
         print_json({"run": name, **dataclasses.asdict(outcome)})
     if outcome.signal is not None:
