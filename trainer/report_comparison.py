@@ -64,6 +64,7 @@ def write_comparison(logs: Sequence[RunLog], file: Path, *, rate: Rate | None = 
     Raises:
         UserError: the file cannot be written.
     """
+    _make_room(file)
     every = [numbers(log, rate) for log in logs]
     differences = compared(every)
     context = {
@@ -102,14 +103,18 @@ def write_comparison(logs: Sequence[RunLog], file: Path, *, rate: Rate | None = 
         "environment": differences["environment_differences"],
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
+    write_atomically(file, render("comparison.html.j2", context))
+    return file
+
+
+def _make_room(file: Path) -> None:
+    """Drawing takes seconds: a place that cannot be written is said first."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, render("comparison.html.j2", context))
     except OSError as error:
         raise UserError(
-            f"the page cannot be written: {file}: {error.strerror}: give --output FILE"
+            f"the page cannot be written: {file}: {error.strerror}: give --output another place"
         ) from None
-    return file
 
 
 def _tiles(every: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from data_shards.errors import UserError
 from tests.runs import pairs, write_lines
 from trainer.evaluate import evaluate
 from trainer.events import EventLog
+from trainer.exhibits_cost import Rate
 from trainer.figures import Series, curves
 from trainer.formats import format_bytes, format_duration, format_number
 from trainer.report import write_report
+from trainer.report_comparison import read_runs, write_comparison
 from trainer.run import events_path
 
 _VOID = {"wbr", "meta", "link", "br", "col", "img", "hr", "input"}
@@ -90,6 +92,29 @@ def _log(run_dir, steps=range(10, 181, 10)):
     log.close()
 
 
+def _log_of_this_version(run_dir):
+    """Two attempts with all that is measured, the first killed at step 60."""
+    log = EventLog(events_path(run_dir))
+    begun = {
+        "world_size": 2, "peak_flops": 3e11, "peak_source": "measured", "sustained_flops": 2e11,
+        "machine": {"cpu": "A processor", "cores": 2, "memory_bytes": 8_000_000_000, "gpu": None},
+        "versions": {"python": "3.12.0", "torch": "2.13.0"}, "device": "cpu",
+    }  # fmt: skip
+    for event, first in (("started", 0), ("resumed", 40)):
+        log.write(event, step=first, **begun)
+        if first:
+            log.write("recovered", step=first + 1, cause="killed", seconds=4.5, message="rank 1")
+        for step in range(first + 10, 61 if first == 0 else 101, 10):
+            log.write(
+                "step", step=step, epoch=0, mean_nll=5 - step / 100, learning_rate=1e-4,
+                grad_norm=1.0, target_tokens=step * 1000, source_tokens=step * 900,
+                tokens_per_second=4000.0, mfu=0.25, padding_efficiency=0.9, skew=1.05,
+                phases={"forward": 0.2, "backward": 0.3, "checkpoint": 0.0}, flops=step * 8e10,
+                energy_joules=None, world_size=2, elapsed_s=step / 2, data_hash="ff",
+            )  # fmt: skip
+    log.close()
+
+
 def _page(run_dir):
     return Page(write_report(run_dir).read_text(encoding="utf-8"))
 
@@ -110,6 +135,61 @@ def test_a_full_page_parses_and_shows_every_section(trained):
         assert expected in text, expected
     headings = re.findall(r"<h3>([^<]+)", (trained / "report.html").read_text())
     assert headings[:5] == ["Loss", "BLEU", "Learning rate", "Throughput", "Gradient norm"]
+
+
+def test_what_this_version_measures_is_shown(run_dir):
+    events_path(run_dir).unlink()
+    _log_of_this_version(run_dir)
+    page = Page(write_report(run_dir, rate=Rate(2.5, "EUR")).read_text(encoding="utf-8"))
+    text = " ".join(page.text.split())
+    for expected in (
+        "1.2·10¹³", "9.6·10¹²", "80.0 %", "3.3·10¹⁸ base, 2.3·10¹⁹ big", "EUR a device-hour",
+        "not known: the log has no reading of an energy counter", "1 × a worker was killed",
+        "at least 20, 10.0 s of training", "Phases of a step", "forward the forward pass",
+        "60.0 %", "Model FLOPs utilisation", "Padding efficiency", "Skew between workers",
+        "A processor", "8 GB", "recovered", "babelray train --config",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert len(page.ids) == len(set(page.ids))
+    labels = [attributes.get("aria-label", "") for _, attributes in page.attributes]
+    assert any("Marks: recovered at step 40." in label for label in labels)
+    assert "log does not tell the phases" not in text
+
+
+def test_several_runs_in_one_page(trained, run_dir, tmp_path):
+    config = json.loads((run_dir / "config.json").read_text())
+    config["trainer"]["seed"] = 7
+    (run_dir / "config.json").write_text(json.dumps(config))
+    events_path(run_dir).unlink()
+    _log_of_this_version(run_dir)
+    begun = shutil.copytree(run_dir, tmp_path / "runs" / "<begun>")
+    events_path(begun).unlink()
+    shutil.rmtree(begun / "evaluation")
+    logs = read_runs([trained, run_dir, begun])
+    names = [log.name for log in logs]
+    assert names[0].endswith("/demo")  # two are called demo
+    assert names[1:] == ["runs/demo", "<begun>"]
+    page = Page(write_comparison(logs, tmp_path / "out" / "all.html").read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    text = " ".join(page.text.split())
+    for expected in (
+        "3 runs compared", *names, "Against training time", "Against tokens",
+        "hours of training", "Operations, the paper's method–1.2·10¹³–", "trainer.seed177",
+        "not started: nothing has been logged yet", "versions.pythonnone3.12.0none",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "data.vocabulary_size" not in text  # the same in all
+
+
+def test_runs_that_cannot_be_compared(trained, tmp_path):
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([trained, trained.parent / "." / trained.name])
+    with pytest.raises(UserError, match="no such run"):
+        read_runs([trained, tmp_path / "absent"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output"):
+        write_comparison(read_runs([trained]), tmp_path / "file" / "page.html")
 
 
 def test_the_page_refers_to_nothing_but_itself(trained):
