@@ -23,6 +23,7 @@ import yaml
 
 from cluster.naming import is_claimed
 from cluster.status import run_folders, scrape_targets
+from cluster.targets import JOB, targets_dir
 from data_shards.errors import RunFailedError, UserError
 
 LOOPBACK = "127.0.0.1"
@@ -149,7 +150,7 @@ def prometheus_config(runs: Path, *, has_alerts: bool) -> dict[str, Any]:
             "evaluation_interval": _SCRAPE_INTERVAL,
         },
         "scrape_configs": [
-            _discovered("babelray", targets_pattern(runs)),
+            _discovered(JOB, targets_pattern(runs)),
             _discovered("ray", str(_ray_folder() / _RAY_DISCOVERY)),
         ],
     }
@@ -160,7 +161,7 @@ def prometheus_config(runs: Path, *, has_alerts: bool) -> dict[str, Any]:
 
 def targets_pattern(runs: Path) -> str:
     """The files in which runs say where their metrics are, as Prometheus reads them."""
-    return str(runs.absolute() / ".prometheus" / "*.json")
+    return str(targets_dir(runs.absolute()) / "*.json")
 
 
 def ray_environment(*, prometheus_port: int, grafana_port: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.naming import is_claimed, logs_dir
+from cluster.targets import targets_path
 from cluster.time_left import Left, TimeLeft
 from trainer.config import TrainerConfig
 
@@ -139,9 +140,10 @@ def read_failures(run_dir: Path) -> list[Event]:
 
 def scrape_targets(run_dir: Path) -> list[str]:
     """Where Prometheus finds the run's metrics now; none when it is not being trained."""
-    file = run_dir.parent / ".prometheus" / f"{run_dir.name}.json"
+    if not is_claimed(run_dir):
+        return []  # a command that was killed leaves its file
     try:
-        groups = json.loads(file.read_text(encoding="utf-8"))
+        groups = json.loads(targets_path(run_dir).read_text(encoding="utf-8"))
         return [str(target) for group in groups for target in group["targets"]]
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -137,9 +137,10 @@ def _show(live: Sequence[LiveRun], runs: Path) -> None:
 def _start(programs: tuple[_Program, _Program], runs: Path, environment: dict[str, str]) -> None:
     """Start what is there and not running, and stay with it until it ends or Ctrl-C."""
     from cluster import dashboard as watching
+    from cluster.targets import targets_dir
 
     prometheus, grafana = programs
-    folder = runs / ".prometheus"
+    folder = targets_dir(runs)
     folder.mkdir(parents=True, exist_ok=True)
     written = watching.write_config(
         folder / "config", runs, prometheus_url=prometheus.url, grafana_port=grafana.port

@@ -281,6 +281,8 @@ def test_the_page_of_a_live_run_has_rays_workers(
     assert f"babelray logs demo --follow --runs {tmp_path}" in page
     assert value["ray_attempts"][0]["workers"][0]["node_ip"] == "10.0.0.7"
     assert value["summary"]["state"] == "training"
+    # A command that was killed leaves the file of its targets behind.
+    assert "9400" not in babelray("status", "demo", "--runs", tmp_path).stdout
 
 
 def test_a_ray_that_does_not_answer_is_said_so(
