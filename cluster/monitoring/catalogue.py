@@ -18,9 +18,9 @@ NAMES = ("run", "cluster", "data", "reliability")
 
 Needs = Literal["gpu", "scores", "fault"]
 
-# Rows, by the start of their title, that stay empty without something; and what shows faults only.
+# Rows, by the start of their title, and panels that stay empty without something.
 _ROWS: dict[str, Needs] = {"GPUs": "gpu", "Scores": "scores"}
-_ANNOTATIONS = "annotation"
+PANELS: dict[str, Needs] = {"From a failure to the next update": "fault"}
 
 _WINDOW = "$__rate_interval"
 
@@ -72,12 +72,13 @@ def expressions() -> list[Expression]:
     for name in NAMES:
         dashboard = load(name)
         for row, panel in panels(dashboard):
-            needs = next((needs for start, needs in _ROWS.items() if row.startswith(start)), None)
+            of_row = next((needs for start, needs in _ROWS.items() if row.startswith(start)), None)
+            needs = PANELS.get(panel["title"], of_row)
             found += [
                 Expression(name, panel["title"], target["expr"], needs)
                 for target in panel["targets"]
             ]
         for annotation in dashboard["annotations"]["list"]:
-            title = f"{_ANNOTATIONS} {annotation['name']}"
+            title = f"annotation {annotation['name']}"
             found.append(Expression(name, title, annotation["expr"], "fault"))
     return found

@@ -94,7 +94,7 @@ def _speed() -> Row:
                     (q.rate("target_tokens_total"), "{{run}} target"),
                 ],
                 "si:tok/s",
-                stack="sum",
+                stacked=True,
                 least=0,
             ),
             curve(
@@ -199,7 +199,7 @@ def _shape() -> Row:
                 ],
                 "short",
                 style="bars",
-                stack="sum",
+                stacked=True,
                 least=0,
                 decimals=0,
             ),

@@ -110,7 +110,7 @@ def curve(
     unit: str,
     *,
     width: int = 12,
-    stack: Literal["sum", "share"] | None = None,
+    stacked: bool = False,
     style: Literal["line", "bars", "points"] = "line",
     log: bool = False,
     least: float | None = None,
@@ -122,7 +122,7 @@ def curve(
     """Curves over time, with the newest, least and greatest value in the legend.
 
     Args:
-        stack: ``sum`` lays the curves on each other, ``share`` also scales them to the whole.
+        stacked: lay the curves on each other.
         steps: dashed lines where it becomes good or bad.
         colors: of curves by their legend.
     """
@@ -155,14 +155,14 @@ def curve(
         )
         .draw_style(drawn[style])
         .line_width(1)
-        .fill_opacity(60 if stack or style == "bars" else 8)
+        .fill_opacity(60 if stacked or style == "bars" else 8)
         .show_points(cm.VisibilityMode.AUTO)
     )
     for index, (expr, name) in enumerate(queries):
         made = made.with_target(_query(expr, name, index))
-    if stack:
-        mode = cm.StackingMode.NORMAL if stack == "sum" else cm.StackingMode.PERCENT
-        made = made.stacking(common.StackingConfig().mode(mode).group("A"))
+    if stacked:
+        stacking = common.StackingConfig().mode(cm.StackingMode.NORMAL).group("A")
+        made = made.stacking(stacking)
     if log:
         scale = common.ScaleDistributionConfig().type(cm.ScaleDistribution.LOG).log(10)
         made = made.scale_distribution(scale)

@@ -33,15 +33,15 @@ def _glance() -> Row:
             ),
             number(
                 "Restarts in 24 h",
-                "Starts of the workers anew, whatever the cause.",
-                q.increase("restarts_total", window="24h"),
+                "Starts of the workers anew; resizes are not counted.",
+                q.increase("restarts_total", 'cause!="resized"', window="24h"),
                 "short",
                 decimals=0,
                 steps=EVENTS,
             ),
             number(
                 "Lost to failures in 24 h",
-                "From each failure to the next update.",
+                "From each failure or resize to the next update.",
                 q.increase("recovery_seconds_sum", window="24h"),
                 "s",
                 steps=((None, "green"), (60, "orange"), (3600, "red")),
@@ -102,7 +102,7 @@ def _failures() -> Row:
             curve(
                 "Restarts, by cause",
                 "In five minutes; preempted is a machine taken back, start a group that did not "
-                "come up.",
+                "come up, resized no fault.",
                 [
                     (
                         q.increase("restarts_total", by="run, cause", window="5m"),
@@ -111,7 +111,7 @@ def _failures() -> Row:
                 ],
                 "short",
                 style="bars",
-                stack="sum",
+                stacked=True,
                 least=0,
                 decimals=0,
             ),
@@ -221,7 +221,7 @@ def _numbers() -> Row:
                 ],
                 "short",
                 style="bars",
-                stack="sum",
+                stacked=True,
                 least=0,
                 decimals=0,
             ),

@@ -22,6 +22,7 @@ PHASE_COLORS = {
     "communication": "orange",
     "optimizer": "green",
     "checkpoint": "yellow",
+    "validation": "semi-dark-green",
     "other": "text",
 }
 AGE = ((None, "green"), (120, "orange"), (600, "red"))
@@ -130,8 +131,8 @@ def _glance() -> Row:
             ),
             number(
                 "Restarts in 24 h",
-                "Starts of the workers anew, whatever the cause.",
-                q.increase("restarts_total", window="24h"),
+                "Starts of the workers anew; resizes are not counted.",
+                q.increase("restarts_total", 'cause!="resized"', window="24h"),
                 "short",
                 decimals=0,
                 steps=EVENTS,
@@ -196,17 +197,19 @@ def _curves() -> Row:
 
 
 def _time() -> Row:
-    by_phase = q.rate("step_phase_seconds_sum", by="phase")
+    of_phase, of_all = "step_phase_seconds_sum", q.babelray("step_phase_seconds_sum")
+    share = f"{q.rate(of_phase, by='phase')} / on () group_left () sum (rate({of_all}[{q.WINDOW}]))"
     return Row(
         "Where the time goes",
         [
             curve(
                 "Share of a step",
                 "The ranks' time by phase; communication includes waiting for slower ranks.",
-                [(by_phase, "{{phase}}")],
+                [(share, "{{phase}}")],
                 "percentunit",
-                stack="share",
+                stacked=True,
                 least=0,
+                most=1,
                 colors=PHASE_COLORS,
             ),
             curve(

@@ -46,7 +46,7 @@ RAY_LABELS = {
     "ray_node_gpu_temperature_celsius": {"GpuIndex"},
     "ray_node_gpu_power_milliwatts": {"GpuIndex"},
     "ray_component_rss_bytes": {"Component"},
-    "ray_actors": {"State"},
+    "ray_actors": {"State", "Source"},
 }
 
 
@@ -156,6 +156,14 @@ def test_what_needs_a_gpu_is_set_apart():
     }
     assert {name for name in KNOWN if "_gpu" in name or "_gram" in name} <= of_gpus
     assert not {name for name in others if "gpu" in name or "gram" in name or "energy" in name}
+
+
+def test_what_is_said_to_need_something_is_there():
+    titles = {
+        panel["title"] for name in DASHBOARDS for _, panel in catalogue.panels(DASHBOARDS[name])
+    }
+    assert set(catalogue.PANELS) <= titles
+    assert {query.needs for query in EXPRESSIONS} == {None, "gpu", "scores", "fault"}
 
 
 def test_every_metric_of_a_run_is_shown_somewhere():
