@@ -161,7 +161,7 @@ def prometheus_config(runs: Path, *, has_alerts: bool) -> dict[str, Any]:
 
 def targets_pattern(runs: Path) -> str:
     """The files in which runs say where their metrics are, as Prometheus reads them."""
-    return str(targets_dir(runs.absolute()) / "*.json")
+    return str(targets_dir(runs.resolve()) / "*.json")
 
 
 def ray_environment(*, prometheus_port: int, grafana_port: int) -> dict[str, str]:

@@ -411,3 +411,29 @@ def test_following_a_dead_run_says_so(logged: Path) -> None:
     assert result.exit_code == 0
     assert "is not being trained" in result.stderr
     assert "torn" in result.stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_watching_looks_again_until_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    run_dir = make_run(tmp_path)
+    log(run_dir, START)
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        log(run_dir, *steps(10, 20, at=1))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    result = babelray("status", "--runs", tmp_path, "--watch", *(["--json"] if as_json else []))
+    assert result.exit_code == 0
+    if as_json:
+        assert [json.loads(line)[0]["step"] for line in result.stdout.splitlines()] == [0, 20]
+    else:
+        assert ["20 of 1,000" in line for line in result.stdout.splitlines()] == [
+            False, False, False, True,
+        ]  # fmt: skip
+        assert "\x1b" not in result.stdout  # no terminal
