@@ -26,8 +26,7 @@ _MAX_POINTS = 120
 
 
 def rows(log: RunLog) -> list[dict[str, Any]]:
-    """Each phase's ``seconds`` a step, the mean over all steps, and its ``share`` of the step;
-    ``color`` is its number in the chart.
+    """Each phase's ``seconds`` a step, the mean over all steps, and its ``share`` of the step.
 
     The steps are rank 0's, those of the history; empty for logs that have no phases.
     """
@@ -46,9 +45,8 @@ def rows(log: RunLog) -> list[dict[str, Any]]:
             "what": PHASES.get(name, ""),
             "seconds": mean,
             "share": mean / total,
-            "color": number % len(figures.SERIES) + 1,
         }
-        for number, (name, mean) in enumerate(means.items())
+        for name, mean in means.items()
     ]
 
 

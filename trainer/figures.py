@@ -267,6 +267,7 @@ def attention_map(
             )
             if weight >= 0.095:
                 kind = "on-heat" if weight > 0.55 else "on-cell"
+                kind += " stronger" if weight > 0.8 else ""
                 parts.append(
                     f'<text class="{kind}" x="{x + cell / 2 - 1:.0f}" y="{y + 17}" '
                     f'text-anchor="middle">{100 * weight:.0f}</text>'
