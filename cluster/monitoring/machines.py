@@ -240,10 +240,11 @@ def _by_machine() -> Row:
             ),
             curve(
                 "Memory by kind of process",
-                "Resident memory of Ray's processes; ray::… are workers and actors.",
+                "Resident memory of Ray's processes, of kinds with more than 100 MB together; ray::… are "
+                "workers and actors.",
                 [
                     (
-                        f"topk(8, sum by (Component) ({_ray_metric('component_rss_bytes')}))",
+                        f"sum by (Component) ({_ray_metric('component_rss_bytes')}) > 1e8",
                         "{{Component}}",
                     )
                 ],
