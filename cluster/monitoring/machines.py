@@ -240,8 +240,8 @@ def _by_machine() -> Row:
             ),
             curve(
                 "Memory by kind of process",
-                "Resident memory of Ray's processes, of kinds with more than 100 MB together; ray::… are "
-                "workers and actors.",
+                "Resident memory of Ray's processes, of kinds with more than 100 MB together; "
+                "ray::… are workers and actors.",
                 [
                     (
                         f"sum by (Component) ({_ray_metric('component_rss_bytes')}) > 1e8",
