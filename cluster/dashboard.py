@@ -1,4 +1,4 @@
-"""Prometheus and Grafana beside runs on this machine: their configuration, and their processes.
+"""Where runs can be watched, and Prometheus and Grafana beside them: what answers, what is started.
 
 Both are programs of their own that may or may not be installed. What is started here listens on the
 loopback interface alone, keeps its files in ``<runs>/.prometheus`` and ends with the command.
@@ -7,12 +7,10 @@ loopback interface alone, keeps its files in ``<runs>/.prometheus`` and ends wit
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +19,17 @@ from typing import Any
 import requests
 import yaml
 
+from cluster.dashboard_config import Written, targets_pattern
 from cluster.naming import is_claimed
+from cluster.session import LOOPBACK
 from cluster.status import run_folders, scrape_targets
-from cluster.targets import JOB, targets_dir
 from data_shards.errors import RunFailedError, UserError
 
-LOOPBACK = "127.0.0.1"
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 
 # Ray's dashboard embeds whole dashboards of Grafana by their uid, in two tabs: "Core" and "Ray
 # Data". No run trains with Ray Data, so its tab can be given to ours, and Ray's own stay in theirs.
 RUN_DASHBOARD_UID = "babelray-run"
-
-# As Ray names it in its links: RAY_PROMETHEUS_NAME.
-_DATASOURCE = "Prometheus"
-
-_MONITORING = Path(__file__).resolve().parents[1] / "k8s" / "monitoring"
-_RAY_DISCOVERY = "prom_metrics_service_discovery.json"
-
-_SCRAPE_INTERVAL = "5s"
-# Ray's file is a link that changes where no watch of Prometheus sees it.
-_DISCOVERY_INTERVAL = "15s"
 
 # Where Grafana's packages for Debian and Red Hat put it.
 _GRAFANA_HOME = Path("/usr/share/grafana")
@@ -61,15 +49,6 @@ class LiveRun:
     dashboard_url: str | None
     is_local: bool
     targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """The configuration in a folder, and what it had to do without."""
-
-    prometheus: Path
-    grafana: Path
-    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,66 +81,6 @@ def live_runs(runs: Path) -> list[LiveRun]:
             )
         )
     return found
-
-
-def write_config(folder: Path, runs: Path, *, prometheus_url: str, grafana_port: int) -> Written:
-    """Write ``prometheus.yml`` with its alerts, and Grafana's configuration, into ``folder``.
-
-    Args:
-        folder: made if it is not there; files of an earlier call are replaced.
-        runs: the folder of runs whose metrics are to be scraped.
-        prometheus_url: where Grafana finds that Prometheus.
-        grafana_port: where Grafana is to listen, on the loopback interface.
-    """
-    folder, missing = folder.absolute(), []
-    grafana = folder / "grafana"
-    shutil.rmtree(grafana / "dashboards", ignore_errors=True)
-    for name in ("dashboards/babelray", "dashboards/ray", "provisioning/datasources"):
-        (grafana / name).mkdir(parents=True, exist_ok=True)
-    for name in ("dashboards", "plugins", "alerting"):
-        (grafana / "provisioning" / name).mkdir(exist_ok=True)
-    alerts = _MONITORING / "alerts.yaml"
-    if alerts.is_file():
-        shutil.copyfile(alerts, folder / "alerts.yaml")
-    else:
-        (folder / "alerts.yaml").unlink(missing_ok=True)
-        missing.append(f"no alerts: {alerts} is not there (take it from the source tree)")
-    prometheus = folder / "prometheus.yml"
-    _write_yaml(prometheus, prometheus_config(runs, has_alerts=alerts.is_file()))
-    dashboards = sorted((_MONITORING / "dashboards").glob("*.json"))
-    for file in dashboards:
-        shutil.copyfile(file, grafana / "dashboards" / "babelray" / file.name)
-    if not dashboards:
-        missing.append(f"no panels: {_MONITORING / 'dashboards'} holds none (take the source tree)")
-    for name, content in _ray_dashboards().items():
-        (grafana / "dashboards" / "ray" / f"{name}.json").write_text(content, encoding="utf-8")
-    _write_yaml(grafana / "provisioning/datasources/babelray.yml", _datasources(prometheus_url))
-    _write_yaml(grafana / "provisioning/dashboards/babelray.yml", _providers(grafana))
-    (grafana / "grafana.ini").write_text(_grafana_ini(grafana, grafana_port), encoding="utf-8")
-    return Written(prometheus, grafana, tuple(missing))
-
-
-def prometheus_config(runs: Path, *, has_alerts: bool) -> dict[str, Any]:
-    """Prometheus' configuration for the runs of a folder and Ray's own metrics on this machine."""
-    config: dict[str, Any] = {
-        "global": {
-            "scrape_interval": _SCRAPE_INTERVAL,
-            "scrape_timeout": _SCRAPE_INTERVAL,
-            "evaluation_interval": _SCRAPE_INTERVAL,
-        },
-        "scrape_configs": [
-            _discovered(JOB, targets_pattern(runs)),
-            _discovered("ray", str(_ray_folder() / _RAY_DISCOVERY)),
-        ],
-    }
-    if has_alerts:
-        config["rule_files"] = ["alerts.yaml"]  # beside the configuration
-    return config
-
-
-def targets_pattern(runs: Path) -> str:
-    """The files in which runs say where their metrics are, as Prometheus reads them."""
-    return str(targets_dir(runs.resolve()) / "*.json")
 
 
 def ray_environment(*, prometheus_port: int, grafana_port: int) -> dict[str, str]:
@@ -305,100 +224,6 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _discovered(job: str, pattern: str) -> dict[str, Any]:
-    return {
-        "job_name": job,
-        "file_sd_configs": [{"files": [pattern], "refresh_interval": _DISCOVERY_INTERVAL}],
-    }
-
-
-def _ray_folder() -> Path:
-    """Where a Ray on this machine leaves its discovery file."""
-    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"  # noqa: S108
-
-
-def _ray_dashboards() -> dict[str, str]:
-    """Ray's own dashboards: its pages embed the first, and nothing else has the second."""
-    from ray.dashboard.modules.metrics.grafana_dashboard_factory import (
-        generate_default_grafana_dashboard,
-        generate_train_grafana_dashboard,
-    )
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves files to be closed by chance
-        return {
-            "ray-core": generate_default_grafana_dashboard()[0],
-            "ray-train": generate_train_grafana_dashboard()[0],
-        }
-
-
-def _datasources(prometheus_url: str) -> dict[str, Any]:
-    source = {
-        "name": _DATASOURCE,
-        "type": "prometheus",
-        "access": "proxy",
-        "url": prometheus_url,
-        "isDefault": True,
-        "jsonData": {"timeInterval": _SCRAPE_INTERVAL},
-    }
-    return {"apiVersion": 1, "datasources": [source]}
-
-
-def _providers(grafana: Path) -> dict[str, Any]:
-    return {
-        "apiVersion": 1,
-        "providers": [
-            {
-                "name": title,
-                "folder": title,
-                "type": "file",
-                "options": {"path": str(grafana / "dashboards" / title.lower())},
-            }
-            for title in ("babelray", "Ray")
-        ],
-    }
-
-
-def _grafana_ini(grafana: Path, port: int) -> str:
-    """Anybody on this machine may look, nobody may change, and nothing is fetched or sent."""
-    return f"""\
-[server]
-http_addr = {LOOPBACK}
-http_port = {port}
-
-[paths]
-data = {grafana / "data"}
-logs = {grafana / "logs"}
-plugins = {grafana / "plugins"}
-provisioning = {grafana / "provisioning"}
-
-[security]
-allow_embedding = true
-disable_initial_admin_creation = true
-
-[auth]
-disable_login_form = true
-
-[auth.anonymous]
-enabled = true
-org_role = Viewer
-
-[dashboards]
-default_home_dashboard_path = {grafana / "dashboards" / "babelray" / "run.json"}
-
-[analytics]
-reporting_enabled = false
-check_for_updates = false
-check_for_plugin_updates = false
-
-[plugins]
-preinstall_disabled = true
-
-[news]
-news_feed_enabled = false
-"""
-
-
 def _grafana_home(program: Path) -> Path | None:
     """The folder with Grafana's page and defaults, which it does not find by itself."""
     places = (
@@ -431,7 +256,3 @@ def _ask(url: str, *, as_json: bool = True) -> Any:
         return response.json() if as_json else response.text
     except (requests.RequestException, ValueError):
         return None
-
-
-def _write_yaml(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")

@@ -77,12 +77,12 @@ def dashboard(
       babelray dashboard --write-config monitoring
     """
     from cluster import dashboard as watching
+    from cluster.dashboard_config import write_config
+    from cluster.session import LOOPBACK
 
     if config_dir is not None:
-        url = f"http://{watching.LOOPBACK}:{port}"
-        written = watching.write_config(
-            config_dir, runs, prometheus_url=url, grafana_port=grafana_port
-        )
+        url = f"http://{LOOPBACK}:{port}"
+        written = write_config(config_dir, runs, prometheus_url=url, grafana_port=grafana_port)
         for line in written.missing:
             say(line)
         if as_json:
@@ -137,12 +137,13 @@ def _show(live: Sequence[LiveRun], runs: Path) -> None:
 def _start(programs: tuple[_Program, _Program], runs: Path, environment: dict[str, str]) -> None:
     """Start what is there and not running, and stay with it until it ends or Ctrl-C."""
     from cluster import dashboard as watching
+    from cluster.dashboard_config import write_config
     from cluster.targets import targets_dir
 
     prometheus, grafana = programs
     folder = targets_dir(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    written = watching.write_config(
+    written = write_config(
         folder / "config", runs, prometheus_url=prometheus.url, grafana_port=grafana.port
     )
     for line in written.missing:

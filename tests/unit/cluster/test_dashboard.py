@@ -22,7 +22,7 @@ import requests
 import yaml
 from click.testing import CliRunner, Result
 
-from cluster import dashboard
+from cluster import dashboard, dashboard_config
 from cluster.cli import cli
 from cluster.naming import claim
 from data_shards.errors import RunFailedError
@@ -72,7 +72,7 @@ def answering(answers: dict[str, Any]) -> Iterator[int]:
 
 def config_of(runs: Path) -> dict[str, Any]:
     """As Prometheus tells its own configuration."""
-    text = yaml.safe_dump(dashboard.prometheus_config(runs, has_alerts=False))
+    text = yaml.safe_dump(dashboard_config.prometheus_config(runs, has_alerts=False))
     return {"/api/v1/status/config": {"status": "success", "data": {"yaml": text}}}
 
 
@@ -141,8 +141,8 @@ def test_the_written_configuration_is_valid(live: Path, tmp_path: Path) -> None:
 def test_without_the_source_tree_it_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "_MONITORING", tmp_path / "nowhere")
-    written = dashboard.write_config(
+    monkeypatch.setattr(dashboard_config, "_MONITORING", tmp_path / "nowhere")
+    written = dashboard_config.write_config(
         tmp_path / "config", tmp_path / "runs", prometheus_url="http://x", grafana_port=3000
     )
     assert [line.partition(":")[0] for line in written.missing] == ["no alerts", "no panels"]
@@ -150,7 +150,7 @@ def test_without_the_source_tree_it_says_what_is_missing(
 
 
 def test_grafana_gets_the_panels_of_runs_and_rays_own(tmp_path: Path) -> None:
-    written = dashboard.write_config(
+    written = dashboard_config.write_config(
         tmp_path, tmp_path / "runs", prometheus_url="http://127.0.0.1:9191", grafana_port=3100
     )
     assert written.missing == ()
