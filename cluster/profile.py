@@ -20,7 +20,6 @@ from cluster.naming import is_claimed
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import RunConfig
 from trainer.profile import PROFILE_FILE, ProfileRequest, folder_of, summary_name
-from trainer.run import read_config
 
 if TYPE_CHECKING:
     from cluster.train import Workers
@@ -209,6 +208,8 @@ def collect(folder: Path, *, count: bool = True) -> dict[str, Any]:
         "work": None,
     }
     if count and steps:
+        from trainer.run import read_config
+
         seconds = max(rank["total_ms"] for rank in whole) / 1e3
         result["work"] = asdict(_work(read_config(run_dir), run_dir, steps, seconds))
     return result

@@ -17,7 +17,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -334,8 +333,6 @@ class _Recording:
         plan: Plan | None,
         unprofiled_s: float | None,
     ) -> None:
-        # Kineto would tell standard error of every start and stop.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU]
