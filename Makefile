@@ -16,6 +16,7 @@ CHECKPOINT ?= best
 INPUT ?= -
 TEST_SET ?=
 COMPARE ?=
+RUNS ?= runs
 SET ?=
 PYTEST ?=
 SEED ?=
@@ -40,7 +41,7 @@ help: ## Show this list
 	@echo
 	@echo "Variables (with what they are now):"
 	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
-	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)"
+	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)  RUNS=$(RUNS) (of make status logs dashboard)"
 	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  PYTHON=$(PYTHON)  VENV=$(VENV)"
 	@echo "  PYTEST='...' (arguments for pytest)"
 	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
@@ -115,6 +116,18 @@ serve: setup ## Serve run NAME: a page to type in, a JSON endpoint (Ctrl-C ends)
 report: setup ## Write the page of run NAME
 	@$(need_name)$(BABELRAY) report $(NAME)
 
+.PHONY: status
+status: setup ## How all runs stand, or all about run NAME
+	@$(BABELRAY) status $(NAME) --runs $(RUNS)
+
+.PHONY: logs
+logs: setup ## The logs of run NAME, as they come
+	@$(need_name)$(BABELRAY) logs $(NAME) --follow --runs $(RUNS)
+
+.PHONY: dashboard
+dashboard: setup ## Where live runs can be watched; starts Prometheus and Grafana if installed (Ctrl-C ends)
+	@$(BABELRAY) dashboard --runs $(RUNS)
+
 # One thread a process: many small models and several processes at a time, on however few cores.
 .PHONY: test
 test: setup ## Run the tests (those marked slow aside)
@@ -130,7 +143,12 @@ chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FA
 
 .PHONY: bench
 bench: setup ## Measure speed against alternatives (an hour); writes benchmarks/results
-	@for name in stream train overhead checkpoint recovery decode serving; do $(BIN)/python benchmarks/$$name.py; done
+	@for name in stream train overhead checkpoint recovery decode serving metrics; do $(BIN)/python benchmarks/$$name.py; done
+
+.PHONY: docs
+docs: setup ## Write the pages and dashboards that are made of code: docs/metrics.md, k8s/monitoring
+	@$(BIN)/python -m trainer.metrics_page
+	@$(BIN)/python -m cluster.monitoring
 
 .PHONY: lint
 lint: setup ## Check style, types, layers, spelling and scripts; changes nothing

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_shards.errors import UserError
 from trainer.config import RecoveryConfig, RunConfig, load_config, parse_config
@@ -20,6 +20,8 @@ from trainer.config import RecoveryConfig, RunConfig, load_config, parse_config
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _LOCK = ".lock"
+# Longer than a look at the lock can take.
+_LOOK_S = 0.5
 
 # What may differ between a run and its resume. Everything else decides which numbers a step
 # computes, and a changed value would make the run's config.json and curves tell an untruth.
@@ -237,19 +239,31 @@ def claim(run_dir: Path) -> Iterator[None]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / _LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(lock):
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise UserError(
                 f"the run {run_dir.name} is being trained by {holder}: "
                 "wait for it, stop it, or choose another --name"
-            ) from None
+            )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         yield
+
+
+def _lock(file: TextIO) -> bool:
+    """Whether the lock is ours now; whoever only looks whether it is held lets go in no time."""
+    deadline = time.monotonic() + _LOOK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_S / 50)
+        else:
+            return True
 
 
 def _read(file: Path) -> RunConfig:

@@ -58,6 +58,9 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "disabled",
+    # Its Metrics page embeds Grafana's dashboards by their uid; there is no tab but of Ray Data's to
+    # show ours in (docs/monitoring.md).
+    "RAY_GRAFANA_DATA_DASHBOARD_UID": "babelray-run",
     # Gloo would take the interface of the host's name.
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     # Nobody gives notice before taking a laptop away; the watcher costs a process.

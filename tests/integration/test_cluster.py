@@ -7,134 +7,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import yaml
 
 from data_shards.config import DataConfig
 from data_shards.manifest import Manifest
+from tests.workplace import Workplace, alive, descendants, worker_pid
 
 pytestmark = pytest.mark.timeout(400)
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_S = 150
-
-
-@dataclass
-class Command:
-    """A running ``babelray``, alone in its process group, as a terminal would start it."""
-
-    process: subprocess.Popen[str]
-    output: Path
-
-    def wait_for(self, condition: Callable[[], Any]) -> Any:
-        """The condition's first true value; fails if the command ends or takes too long."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            value = condition()
-            if value:
-                return value
-            assert self.process.poll() is None, self.text()
-            time.sleep(0.1)
-        raise AssertionError(f"waited {PATIENCE_S} s in vain:\n{self.text()}")
-
-    def end(self) -> int:
-        """Wait for the command's own end; its exit status."""
-        return self.process.wait(timeout=PATIENCE_S)
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-
-@dataclass
-class Workplace:
-    """A folder with a small configuration, and the commands started there."""
-
-    folder: Path
-    commands: list[Command]
-
-    def train(self, *arguments: object) -> Command:
-        output = self.folder / f"output-{len(self.commands)}.txt"
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        with output.open("w") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "train", *map(str, arguments)],
-                cwd=self.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        command = Command(process, output)
-        self.commands.append(command)
-        return command
-
-    def events(self, run: str, kind: str) -> list[dict[str, Any]]:
-        file = self.folder / "runs" / run / "events.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("}")]
-        return [event for event in events if event["event"] == kind]
-
-
-@pytest.fixture
-def workplace(prepared: tuple[DataConfig, Manifest], tmp_path: Path) -> Iterator[Workplace]:
-    config = {
-        "model": {
-            "d_model": 32,
-            "d_ff": 64,
-            "num_heads": 4,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-        },
-        "data": prepared[0].model_dump(mode="json"),
-        "trainer": {
-            "max_steps": 100_000,
-            "log_every": 1,
-            "validate_every": 100_000,
-            "checkpoint_every": 20,
-            "metrics_port": 0,
-            "threads": 1,
-        },
-    }
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
-    workplace = Workplace(tmp_path, [])
-    yield workplace
-    for command in workplace.commands:
-        if command.process.poll() is None:
-            os.killpg(command.process.pid, signal.SIGKILL)
-            command.process.wait()
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def alive(processes: list[psutil.Process]) -> list[str]:
-    """Those still running a moment later; a zombie waits only for its parent to look."""
-    _, left = psutil.wait_procs(processes, timeout=5)
-    found = []
-    for process in left:
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def worker_pid(workplace: Workplace, run: str, rank: int) -> int:
-    log = workplace.folder / "runs" / run / "logs" / f"rank-{rank:03d}.log"
-    return int(re.findall(r"process (\d+)", log.read_text())[-1])
 
 
 def test_a_run_survives_a_killed_worker_stops_on_request_and_resumes(workplace: Workplace) -> None:

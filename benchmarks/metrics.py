@@ -1,0 +1,198 @@
+"""What watching a run costs: the trainer's loop with its metrics, and without any, in turns.
+
+    python benchmarks/metrics.py           # prints a table, writes benchmarks/results/metrics.json
+
+  watched    as ``babelray train`` does it: phases of every step, work, skew and energy of all
+             ranks, metrics in mapped files, served, and scraped every 5 seconds. The server and the
+             scraper are threads of the same process, so that their time counts, too.
+  unwatched  the same loop with none of these
+
+Both log events every 50 steps, which is the default. Rates are real source and target tokens per
+second of processor time, in one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from common import (
+    RESULTS,
+    Meter,
+    Worker,
+    corpus_config,
+    default_corpora,
+    machine,
+    one_rank,
+    rates,
+    ratios,
+    take_turns,
+    write_result,
+)
+from train import run_config
+
+from data_shards.shards import prepare
+from model.config import ModelConfig
+from trainer.config import RunConfig, TrainerConfig
+
+GOAL = 0.99
+_ENDLESS = 1_000_000_000
+_SCRAPE_S = 5.0
+
+
+class _NoPhases:
+    """Takes the place of the clock."""
+
+    annotate = False
+
+    def __call__(self, phase: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def lap(self) -> None:
+        return None
+
+
+def train(run_dir: Path, meter: Meter, *, watched: bool) -> None:
+    """Train on and on; the meter stops it between turns."""
+    from trainer.events import EventLog
+    from trainer.loop import Loop
+    from trainer.metrics import RankMetrics, RunMetrics, Slot
+    from trainer.rank import Rank
+    from trainer.reporter import Update, Voices
+
+    one_rank(run_dir)
+    rank = Rank(run_config(run_dir), run_dir, rank=0, world_size=1, local_rank=0)
+    rank.prepare()
+    events = EventLog(run_dir / "events.jsonl")
+    with _served() if watched else nullcontext() as slot:
+        if isinstance(slot, Slot):
+            voices = Voices(
+                events, RunMetrics(run_dir.name, slot), RankMetrics(run_dir.name, 0, slot)
+            )
+        else:
+            voices = Voices(events)
+            rank.phases = _NoPhases()  # type: ignore[assignment]
+        loop = Loop(rank, voices)
+        tell = loop.reporter.stepped
+
+        def stepped(update: Update) -> None:
+            tell(update)
+            step = rank.state.step - 1
+            meter.stepped(rank.plan.source_tokens(step) + rank.plan.target_tokens(step))
+
+        loop.reporter.stepped = stepped  # type: ignore[method-assign]
+        meter.start()
+        loop.run()
+
+
+@contextlib.contextmanager
+def _served() -> Iterator[object]:
+    """A slot whose content is served and scraped."""
+    from cluster.exporter import Exporter, Shelf, Target
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    shelf = Shelf(Target("benchmark", "127.0.0.1", port, time.time()))
+    Exporter("127.0.0.1", port)
+    threading.Thread(target=_scrape, args=(port,), daemon=True).start()
+    with shelf.slot() as slot:
+        yield slot
+
+
+def _scrape(port: int) -> None:
+    while True:
+        time.sleep(_SCRAPE_S)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            assert b"babelray_steps_total" in answer.read()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--corpora", type=Path, default=default_corpora())
+    parser.add_argument("--output", type=Path, default=RESULTS / "metrics.json")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=10.0, help="CPU seconds a turn")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        kind, run_dir = arguments.worker
+        train(Path(run_dir), Meter(), watched=kind == "watched")
+        return
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    before = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        data = corpus_config(
+            arguments.corpora,
+            Path(folder),
+            vocabulary_size=8000,
+            tokens_per_step=4096,
+            lanes=2,
+            max_length=128,
+        )
+        prepare(data)
+        workers = []
+        for kind in ("watched", "unwatched"):
+            trainer = TrainerConfig(
+                precision="bf16",
+                threads=1,
+                max_steps=_ENDLESS,
+                validate_every=_ENDLESS,
+                checkpoint_every=_ENDLESS,
+                stragglers=kind == "watched",
+            )
+            config = RunConfig(
+                model=ModelConfig(preset=arguments.preset), data=data, trainer=trainer
+            )
+            run_dir = Path(folder) / kind
+            run_dir.mkdir()
+            (run_dir / "config.json").write_text(config.to_json())
+            workers.append(Worker(kind, kind, run_dir, like_ours=True))
+        try:
+            turns = take_turns(
+                workers, rounds=arguments.rounds, seconds=arguments.seconds, say=print
+            )
+        finally:
+            for worker in workers:
+                worker.close()
+    watched, unwatched = (rates(own) for own in turns)
+    ratio = ratios(*turns)
+    print(f"{arguments.preset}, bf16, one thread, tokens per CPU-second:")
+    for kind, rate in (("watched", watched), ("unwatched", unwatched)):
+        print(f"  {kind:9} {rate.median:10,.0f}  ({rate.lowest:,.0f} to {rate.highest:,.0f})")
+    print(
+        f"  ratio     {ratio.median:10.4f}  ({ratio.lowest:.4f} to {ratio.highest:.4f}), "
+        f"goal {GOAL} (load {before['load_average']:.1f})"
+    )
+    write_result(
+        arguments.output,
+        before,
+        {
+            "goal_ratio": GOAL,
+            "preset": arguments.preset,
+            "rounds": arguments.rounds,
+            "seconds": arguments.seconds,
+            "ratio": asdict(ratio),
+            "tokens_per_cpu_s": {"watched": asdict(watched), "unwatched": asdict(unwatched)},
+            "turns": {
+                kind: [asdict(turn) for turn in own]
+                for kind, own in zip(("watched", "unwatched"), turns, strict=True)
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
