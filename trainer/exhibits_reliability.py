@@ -126,7 +126,7 @@ def _useful_share(log: RunLog, restarts: list[dict[str, Any]]) -> float | None:
 def history(log: RunLog) -> list[dict[str, Any]]:
     """What happened besides steps, validations, their BLEU and checkpoints."""
     told = []
-    hidden = {"event", "time", "step", "elapsed_s", "machine", "versions"}
+    hidden = {"event", "time", "step", "elapsed_s", "machine", "versions", "pairs"}
     for event in log.events:
         if event["event"] in ("step", "validated", "checkpoint"):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,13 @@ def test_curves_over_time_and_tokens(tmp_path):
 def test_only_what_differs_is_listed():
     every = [{"a": 1, "b": [1], "c": None}, {"a": 1, "b": [2]}, {"a": 1, "b": [1], "d": 0}]
     assert differences(every) == {"b": [[1], [2], [1]], "d": [None, None, 0]}
+
+
+def test_the_keys_are_those_that_are_documented(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "report.md").read_text()
+    table = text[text.index("| key |") :]
+    assert set(numbers(_write(tmp_path, []))) == set(re.findall(r"`(\w+)`", _first_column(table)))
+
+
+def _first_column(table: str) -> str:
+    return "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("|"))
