@@ -124,7 +124,7 @@ def _layouts(status: Status, doing_s: float) -> Iterator[list[str]]:
         yield from ([share, number, doing], [share, doing], [doing])
         return
     loss = f"loss {status.loss:.3f}" if status.loss is not None else "loss -"
-    speed = f"{status.tokens_per_second:,.0f} tok/s"
+    speed = f"{status.tokens_per_second:>6,.0f} tok/s"
     left = [_left(status.left)] if status.left is not None else []
     if status.max_steps is not None:
         yield [share, f"{number}/{status.max_steps:,}", loss, speed, *left]

@@ -214,7 +214,7 @@ class _Feed:
 def scalars(event: Event) -> dict[str, float]:
     """An event's numbers under the names that all trackers share, such as ``train/loss``.
 
-    Empty for an event that has none; what is not known (null) is left out.
+    Empty for an event that has none, or no ``step``; what is not known (null) is left out.
     """
     kind = str(event.get("event"))
     values = {name: event.get(key) for key, name in _SCALARS.get(kind, {}).items()}
@@ -223,11 +223,13 @@ def scalars(event: Event) -> dict[str, float]:
             inner = event.get(group)
             if isinstance(inner, dict):
                 values |= {f"{prefix}{name}": value for name, value in inner.items()}
-    elif kind == "evaluated" and event.get("test_set") != "valid":
+    elif kind == "evaluated" and "best" not in event:  # by hand, searched as one likes
         values = {
-            name.replace("valid/", f"test/{event.get('test_set')}/"): value
+            name.replace("valid/", f"evaluation/{event.get('test_set')}/"): value
             for name, value in values.items()
         }
+    if not isinstance(event.get("step"), int):
+        return {}
     return {
         name: float(value)
         for name, value in values.items()

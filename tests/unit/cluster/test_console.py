@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import cluster.train
+import data_shards.shards
 from cluster.cli import cli
 from cluster.console import JsonConsole, TextConsole, open_console
 from cluster.console_live import LiveConsole, live_line
-from cluster.progress import News, Status
+from cluster.progress import Narrator, News, Status
 from cluster.time_left import Left
 
 TRAINING = Status(
@@ -219,7 +221,7 @@ def test_a_terminal_gets_a_live_line_below_the_notable_ones() -> None:
     assert "validated [bold]as it is[/bold]" in written
     assert "from elsewhere" in written
     assert "not a line of its own" not in written
-    assert "45%  step 45/100  loss 3.200  1,000 tok/s  10 min left" in written
+    assert "45%  step 45/100  loss 3.200   1,000 tok/s  10 min left" in written
     assert written.endswith("\x1b[2K")  # the live line is wiped away at the end
 
 
@@ -255,3 +257,28 @@ def test_a_tracker_that_is_not_known_stops_the_command_before_anything_starts(
     assert (told["level"], told["run"]) == ("error", "x")
     assert told["message"].startswith("trainer.trackers: nowhere")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_told_of_and_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(config: Any, name: str, *, tell: Any, **_: Any) -> cluster.train.Outcome:
+        narrator = Narrator(config)
+        for event in (
+            {"event": "started", "step": 0, "world_size": 1},
+            {"event": "step", "step": 1, "mean_loss": 3.0, "elapsed_s": 1.0},
+            {"event": "finished", "step": 1, "reason": "max_steps"},
+        ):
+            tell(narrator.hear({**event, "time": 1000.0}))
+        return cluster.train.Outcome(tmp_path / name, 1, "max_steps", 1.5, 2.0)
+
+    monkeypatch.setattr(cluster.train, "start", start)
+    monkeypatch.setattr(data_shards.shards, "prepare", lambda *_, **__: None)
+    arguments = ["train", "--config", "configs/tiny.yaml", "--runs", str(tmp_path), "--name", "x"]
+    arguments += ["--set", "trainer.trackers=tensorboard", "--log-format", "json", "--json"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    told = [json.loads(line) for line in result.stderr.splitlines()]
+    assert [line.get("event") for line in told] == ["started", "step", "finished"]
+    assert {line["run"] for line in told} == {"x"}
+    assert json.loads(result.stdout)["step"] == 1
+    (file,) = (tmp_path / "x" / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()

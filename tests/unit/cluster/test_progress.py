@@ -147,6 +147,65 @@ def test_what_failed_and_what_is_done_about_it() -> None:
     ]
 
 
+def test_a_run_that_may_stop_early_says_how_near_it_is() -> None:
+    past = [
+        {"event": "validated", "step": 5, "valid_nll": 1.0, "best": True},
+        {"event": "validated", "step": 10, "valid_nll": 1.1, "best": False},
+    ]
+    told = Narrator(load_config(None, ["trainer.patience=3"]), past)
+    assert told.line({"event": "resumed", "step": 10}) == "resumed from step 10"
+    line = told.line({"event": "validated", "step": 15, "valid_nll": 1.2, "best": False})
+    assert line is not None
+    assert line.endswith("; 2 without a better one, the run stops at 3")
+    line = told.line({"event": "validated", "step": 20, "valid_nll": 0.9, "best": True})
+    assert line is not None
+    assert "without" not in line
+
+    scored = Narrator(
+        load_config(None, ["trainer.patience=3", "trainer.best_by=bleu", "trainer.bleu_every=10"])
+    )
+    line = scored.line({"event": "validated", "step": 5, "valid_nll": 1.1, "best": False})
+    assert line is not None
+    assert "without" not in line
+    event = {"event": "evaluated", "step": 5, "test_set": "valid", "bleu": 30.0, "best": False}
+    line = scored.line(event)
+    assert line is not None
+    assert line.endswith("; 1 without a better one, the run stops at 3")
+
+
+def test_the_time_without_training_is_told_at_the_end() -> None:
+    told = narrator()
+    lost = {"event": "worker_failed", "cause": "killed", "message": "gone", "restarts_left": 2}
+    for seconds in (61.5, 8.0):
+        assert told.hear(lost).status.doing == "restarting"
+        told.hear({"event": "resumed", "step": 40})
+        news = told.hear({"event": "recovered", "step": 41, "cause": "killed", "seconds": seconds})
+        assert news.line == (
+            f"step     41  training again, {seconds:.1f} s after the workers failed"
+        )
+        assert news.status.doing == "training"
+    news = told.hear({"event": "finished", "step": 50, "reason": "max_steps"})
+    assert news.line == (
+        "step     50  finished: max_steps; restarted 2 times, 1:10 without training"
+    )
+
+
+def test_news_have_a_level_and_a_state() -> None:
+    told = narrator("trainer.max_steps=100")
+    assert told.hear({"event": "started", "step": 0}).status.doing == "training"
+    news = told.hear(step(25, 5.0))
+    assert (news.level, news.status.done, news.status.step) == ("info", 0.25, 25)
+    assert news.status.loss == 3.25
+    failed = {"event": "worker_failed", "cause": "killed", "message": "gone"}
+    assert told.hear({**failed, "final": False}).level == "warning"
+    assert told.hear({**failed, "final": True}).level == "error"
+    assert told.hear({"event": "waiting", "room": 0, "needed": 1}).status.doing == (
+        "waiting for machines"
+    )
+    checkpoint = {"event": "checkpoint", "step": 20, "bytes": 1, "seconds": 1.0}
+    assert told.hear(checkpoint).status.step == 25  # told of late
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (723, "12:03"), (12345, "3:25:45")]
 )

@@ -187,13 +187,13 @@ def test_numbers_have_names_that_trackers_share() -> None:
         "phases/data_wait": 0.01,
         "gpu_memory_bytes/all": 1000.0,
     }
-    assert scalars({"event": "validated", "valid_nll": 2.5, "best": True}) == {"valid/nll": 2.5}
-    assert scalars({"event": "evaluated", "test_set": "valid", "bleu": 31.5}) == {
-        "valid/bleu": 31.5
-    }
-    assert scalars({"event": "evaluated", "test_set": "test_2016", "bleu": 30.0}) == {
-        "test/test_2016/bleu": 30.0
-    }
+    validated = {"event": "validated", "step": 5, "valid_nll": 2.5, "best": True}
+    assert scalars(validated) == {"valid/nll": 2.5}
+    beside = {"event": "evaluated", "step": 5, "test_set": "valid", "bleu": 31.5, "best": False}
+    assert scalars(beside) == {"valid/bleu": 31.5}
+    by_hand = {"event": "evaluated", "step": 5, "test_set": "test_2016", "bleu": 30.0}
+    assert scalars(by_hand) == {"evaluation/test_2016/bleu": 30.0}
+    assert scalars({**by_hand, "step": None}) == {}
     assert scalars({"event": "worker_failed", "cause": "killed"}) == {}
 
 
