@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -310,6 +311,8 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["promtool", *arguments],
         cwd=catalogue.MONITORING,
+        # Its garbage collector takes a third of its time, for memory that there is.
+        env={**os.environ, "GOGC": "off", "GOMEMLIMIT": "500MiB"},
         capture_output=True,
         text=True,
         check=False,
