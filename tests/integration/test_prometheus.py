@@ -223,7 +223,7 @@ def test_prometheus_sees_a_run_through_a_killed_worker_and_its_end(
     command.process.send_signal(signal.SIGINT)
     assert command.end() == 130
     assert not targets.exists()
-    wait_for(lambda: not prometheus.query('{run="seen"}'), "the end of the series")
+    wait_for(lambda: not prometheus.query('{run="seen", job="babelray"}'), "the series' end")
     assert prometheus.alerts() == []
 
 
