@@ -44,7 +44,7 @@ class LiveConsole:
     def say(self, line: str, level: Level = "info") -> None:
         """A line above the live one."""
         style = {"info": None, "warning": "yellow", "error": "red"}[level]
-        self._console.print(Text(line), style=style, soft_wrap=True)
+        self._console.print(Text(line), style=style)
 
     def tell(self, news: News) -> None:
         """Renew the live line; whatever is not a step gets a line of its own."""
