@@ -18,6 +18,7 @@ import gzip
 import json
 import logging
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -196,9 +197,14 @@ class StepProfiler:
             self._give_up()
 
     def close(self) -> None:
-        """The run ends here, maybe in the middle of a profile: write what there is."""
+        """The ranks end here, maybe in the middle of a profile: write what there is.
+
+        Where an error ends them, the request stays for those that replace them.
+        """
         try:
             if self._running is not None:
+                if sys.exc_info()[0] is not None:
+                    self._answered = None
                 self._finish()
             if self._writer is not None:
                 self._writer.join(_WRITER_WAIT_S)

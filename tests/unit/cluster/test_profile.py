@@ -14,6 +14,7 @@ from cluster import naming
 from cluster import profile as asking
 from cluster.cli import cli
 from cluster.profile import Steps
+from cluster.profile_table import rank_text
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import RunConfig
 from trainer.profile import PROFILE_FILE, ProfileRequest, StepProfiler, summary_name
@@ -176,6 +177,43 @@ def test_a_rank_that_says_nothing_is_told(run_dir: Path) -> None:
     (folder / summary_name(0)).write_text("{}")
     with pytest.raises(RunFailedError, match="no profile came from rank 1"):
         asking.wait(run_dir, request, lambda line: None)
+
+
+def test_a_gpus_table_shows_kernels_by_phase() -> None:
+    rank = {
+        "rank": 3,
+        "world_size": 8,
+        "device": "cuda",
+        "steps": [10, 11],
+        "total_ms": 200.0,
+        "unprofiled_step_ms": 90.0,
+        "phases": {
+            "other": {"host_ms": 20.0, "device_ms": 0.0},
+            "forward": {"host_ms": 180.0, "device_ms": 120.0},
+        },
+        "idle_of": "device",
+        "idle_ms": 50.0,
+        "collectives": [{"name": "ncclDevKernel_AllReduce", "calls": 4, "ms": 30.0}],
+        "memory": {"cuda": {"peak_bytes": 10**9, "allocations": 4, "allocated_bytes": 10**8}},
+        "operators": [
+            {"name": "aten::mm", "calls": 8, "self_ms": 1.0, "device_ms": 100.0, "share": 0.9}
+        ],
+    }
+    assert rank_text(rank).splitlines() == [
+        "rank 3 of 8 on cuda, steps 10 to 11: 100.0 ms a step; 90.0 ms before, unprofiled (the "
+        "median of the steps then)",
+        "phase    ms a step  share  on the device",
+        "forward      90.00  90.0%          60.00",
+        "other        10.00  10.0%           0.00",
+        "",
+        "idle: 25.00 ms a step (25.0%) no kernel on the device",
+        "ncclDevKernel_AllReduce: 2.0 calls, 15.00 ms a step",
+        "memory (cuda): 1,000.0 MB at most, 2 allocations of 50.0 MB a step",
+        "",
+        "operator  calls a step  own ms a step  share",
+        "aten::mm           4.0          50.00  90.0%",
+    ]
+    assert rank_text({**rank, "error": "no disk"}) == "rank 3 of 8 on cuda: no disk"
 
 
 def test_a_new_run_does_nothing_but_its_steps() -> None:

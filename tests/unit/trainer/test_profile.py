@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,26 @@ def test_a_run_that_ends_in_the_middle_leaves_what_there_is(tmp_path: Path) -> N
     found = summary(tmp_path / PROFILE_DIR / "steps-00003-00009")
     assert found["steps"] == [3, 4, 5]
     assert found["memory"]["cpu"]["peak_bytes"] > 0
+    assert not (tmp_path / PROFILE_FILE).exists()
+
+
+def test_after_an_error_the_next_ranks_answer_anew(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    ProfileRequest(3, 5, token="t").write(tmp_path)
+    ranks.train(4)
+
+    def fail() -> None:
+        with closing(ranks):
+            raise ConnectionError("a rank died")
+
+    with pytest.raises(ConnectionError):
+        fail()
+    assert summary(tmp_path / PROFILE_DIR / "steps-00003-00005")["steps"] == [3, 4]
+    later = Ranks(tmp_path)
+    later.train(6)
+    later.close()
+    assert folder_of(tmp_path, "t") == tmp_path / PROFILE_DIR / "steps-00003-00005-2"
+    assert summary(tmp_path / PROFILE_DIR / "steps-00003-00005-2")["steps"] == [3, 4, 5]
     assert not (tmp_path / PROFILE_FILE).exists()
 
 
