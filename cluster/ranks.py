@@ -34,6 +34,7 @@ from typing import Any, cast
 from cluster.exporter import Exporter, Shelf, Target
 from cluster.failures import RankDiedError
 from cluster.naming import logs_dir
+from data_shards.errors import RunFailedError
 from trainer.config import RunConfig
 from trainer.metrics import Slot
 from trainer.watchdog import COLLECTIVE_TIMEOUTS
@@ -76,8 +77,10 @@ class RankServer:
 
     def __init__(self, *, warm: bool, metrics: Target | None = None) -> None:
         self._warm = warm
-        self._shelf = None if metrics is None else Shelf(metrics)
-        self._exporter = None if metrics is None else Exporter(metrics.host, metrics.port)
+        self._shelf: Shelf | None = None
+        self._exporter: Exporter | None = None
+        if metrics is not None:
+            self._serve(metrics)
         self._context: Any = multiprocessing.get_context("forkserver" if warm else "spawn")
         # multiprocessing would run the main module anew in each child, which here is Ray's worker.
         sys.modules["__main__"].__dict__.pop("__file__", None)
@@ -93,6 +96,13 @@ class RankServer:
             process = self._context.Process(target=os.getpid, daemon=True)
             process.start()
             process.join()
+
+    def _serve(self, metrics: Target) -> None:
+        try:
+            self._shelf = Shelf(metrics)
+            self._exporter = Exporter(metrics.host, metrics.port)
+        except (OSError, RunFailedError) as error:  # training matters more
+            logger.warning("no metrics: %s", error)
 
     def close(self) -> None:
         """Take the run's metrics away."""

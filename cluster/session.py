@@ -58,8 +58,8 @@ _ENVIRONMENT = {
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "disabled",
-    # Its Metrics page embeds Grafana's dashboards by their uid; there is no tab but of Ray Data's to
-    # show ours in (docs/monitoring.md).
+    # Its Metrics page embeds Grafana's dashboards by uid, and only Ray Data's tab is there to show
+    # ours in (docs/monitoring.md).
     "RAY_GRAFANA_DATA_DASHBOARD_UID": "babelray-run",
     # Gloo would take the interface of the host's name.
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),

@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -41,6 +42,8 @@ from trainer.validation_bleu import latest_bleu
 log = logging.getLogger(__name__)
 
 _MASK64 = (1 << 64) - 1
+
+_Family = TypeVar("_Family", RankMetrics, RunMetrics)
 
 
 @dataclass(frozen=True)
@@ -442,10 +445,19 @@ def train(
     with this.watchdog:
         this.prepare()
         passed_over = this.resume() if resume else None
-        own = None if slot is None else RankMetrics(run_dir.name, rank, slot)
+        own = _opened(lambda slot: RankMetrics(run_dir.name, rank, slot), slot)
         if not this.is_first:
             return Loop(this, Voices(rank=own)).run()
         return _train_first(this, passed_over, own, slot)
+
+
+def _opened(make: Callable[[Slot], _Family], slot: Slot | None) -> _Family | None:
+    """Metrics, or None where they are not wanted or the disk has no room for them."""
+    try:
+        return None if slot is None else make(slot)
+    except OSError as error:
+        log.warning("no metrics: %s", error)
+        return None
 
 
 def _train_first(
@@ -459,7 +471,7 @@ def _train_first(
     _forget_requests(run_dir)
     before = interruption(run_dir)
     events = EventLog(run_dir / "events.jsonl")
-    metrics = None if slot is None else RunMetrics(run_dir.name, slot)
+    metrics = _opened(partial(RunMetrics, run_dir.name), slot)
     packages = versions()
     try:
         if metrics is not None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.multiprocess import mark_process_dead
@@ -30,6 +30,9 @@ from trainer.phases import PHASES
 PREFIX = "babelray_"
 
 _VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client looks for the folder
+
+# Of each file; several times what a process' metrics of one kind take.
+_FILE_BYTES = 128 * 1024
 
 _STEP_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PHASE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
@@ -52,15 +55,45 @@ class Declared:
     labels: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class Slot:
     """Where a process keeps its values: files in ``folder`` that no other process writes.
 
-    ``name`` has no underscore in it.
+    Args:
+        name: without an underscore, and unique in the folder as long as the process lives.
     """
 
-    folder: Path
-    name: str
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._value_class: Any = None
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """Metrics made in the block keep their values here.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        if self._value_class is None:
+            self._reserve()
+            # One for all of the process, since each keeps a place of its own to append at.
+            self._value_class = values.MultiProcessValue(lambda: self.name)  # type: ignore[no-untyped-call]
+        before, folder = values.ValueClass, os.environ.get(_VARIABLE)
+        os.environ[_VARIABLE] = str(self.folder)
+        values.ValueClass = self._value_class
+        try:
+            yield
+        finally:
+            values.ValueClass = before
+            if folder is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = folder
+
+    def _reserve(self) -> None:
+        """Have the disk give its blocks now: a store to one that it has not ends the process."""
+        for kind in ("counter", "histogram", "gauge_mostrecent", "gauge_livemostrecent"):
+            with (self.folder / f"{kind}_{self.name}.db").open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
 
     def vacate(self) -> None:
         """Remove what only a live process can say; it has ended."""
@@ -73,6 +106,9 @@ class _Family:
     Args:
         run: the run's name, a label of every metric.
         slot: where the values are kept; None keeps them in this process, in ``registry``.
+
+    Raises:
+        OSError: there is no room for the values.
     """
 
     def __init__(self, run: str, slot: Slot | None = None) -> None:
@@ -86,24 +122,8 @@ class _Family:
     def _declare(self) -> None:
         raise NotImplementedError
 
-    @contextmanager
-    def _stored(self) -> Iterator[None]:
-        """Metrics made in the block keep their values in the slot."""
-        if self._slot is None:
-            yield
-            return
-        slot = self._slot.name
-        before, folder = values.ValueClass, os.environ.get(_VARIABLE)
-        os.environ[_VARIABLE] = str(self._slot.folder)
-        values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            values.ValueClass = before
-            if folder is None:
-                del os.environ[_VARIABLE]
-            else:
-                os.environ[_VARIABLE] = folder
+    def _stored(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._slot is None else self._slot.stored()
 
     def _note(self, name: str, kind: Kind, text: str, labels: Sequence[str]) -> None:
         self.declared.append(Declared(PREFIX + name, kind, text, ("run", *labels)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ def test_counters_go_on_where_a_dead_rank_was_and_its_gauges_go(tmp_path: Path) 
     assert series(tmp_path, "loss_nats") is None
     assert series(tmp_path, "steps_total") == 100
     assert series(tmp_path, "last_step_timestamp_seconds") == 1000  # or no alert could see it age
-    after = RunMetrics("demo", slot)
+    after = RunMetrics("demo", Slot(tmp_path, "rank0"))
     after.steps.inc(5)
     after.last_step_time.set(1010.0)
     after.step_seconds.observe(0.3)
@@ -95,6 +96,30 @@ def test_what_is_not_known_is_absent(tmp_path: Path) -> None:
     assert series(tmp_path, "restarts_total", cause="killed") == 0  # nothing is known, and it is 0
     metrics.add_energy("gpu", 3.5)
     assert series(tmp_path, "energy_joules_total", source="gpu") == 3.5
+
+
+def test_a_full_disk_is_told_before_a_store_can_end_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        RunMetrics("demo", Slot(tmp_path, "rank0"))
+
+
+def test_families_of_a_process_share_its_files(tmp_path: Path) -> None:
+    slot = Slot(tmp_path, "rank0")
+    rank = RankMetrics("demo", 0, slot)
+    run = RunMetrics("demo", slot)
+    for number in range(3):  # each makes series that the other does not know of
+        rank.set_memory(allocated=number, reserved=number, peak=number)
+        run.add_energy("gpu", 1.0)
+        run.loss.set(number)
+    assert series(tmp_path, "gpu_memory_bytes", rank="0", kind="peak") == 2
+    assert series(tmp_path, "loss_nats") == 2
+    assert all(file.stat().st_blocks * 512 >= 128 * 1024 for file in tmp_path.iterdir())
 
 
 def test_the_environment_is_left_as_it_was(tmp_path: Path) -> None:
