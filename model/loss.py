@@ -138,4 +138,7 @@ def fused_projection_loss(
 
     Source: Vaswani et al. 2017, section 5.4; Szegedy et al. 2016.
     """
+    if not torch.is_grad_enabled():
+        # A function of one's own is told that gradients are wanted even where none will be.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _FusedProjectionLoss.apply(hidden_ND, weight_VD, targets_N, smoothing)  # type: ignore[no-any-return, no-untyped-call]

@@ -339,7 +339,8 @@ class RankMetrics(_Family):
     def _declare(self) -> None:
         phases = self._histogram(
             "step_phase_seconds",
-            "Part of a step by what a rank spent it on, a sample for each rank and step. "
+            "Part of a step by what a rank spent it on, a sample for each rank and step. Forward "
+            "includes the vocabulary's gradients, which the fused loss computes at once. "
             "Communication includes waiting for slower ranks; on a GPU, data_wait is what the "
             "device stood idle for.",
             _PHASE_BUCKETS_S,

@@ -117,3 +117,21 @@ def test_no_targets_cost_nothing() -> None:
     assert weight.grad is not None
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    matrix_product = torch.mm
+
+    def counted(*arguments: Tensor, **named: Tensor) -> Tensor:
+        products.append(arguments)
+        return matrix_product(*arguments, **named)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    hidden, weight, targets = _case(torch.float32)
+    with torch.no_grad():
+        without, _ = fused_projection_loss(hidden, weight, targets, 0.1)
+    assert len(products) == 1
+    loss_sum, _ = fused_projection_loss(hidden, weight, targets, 0.1)
+    assert len(products) == 1 + 3
+    torch.testing.assert_close(without, loss_sum.detach(), rtol=0, atol=0)
