@@ -137,6 +137,10 @@ test: setup ## Run the tests (those marked slow aside)
 test-slow: setup ## Run the tests that take minutes each
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PYTEST)
 
+.PHONY: test-gpu
+test-gpu: setup ## Run the tests that need a CUDA device
+	@$(BIN)/pytest -m gpu $(PYTEST)
+
 .PHONY: chaos
 chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FAULTS='...' WRITE=1)
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(WRITE),--write) $(FAULTS)
