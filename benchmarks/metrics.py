@@ -5,7 +5,8 @@
   watched    as ``babelray train`` does it: phases of every step, work, skew and energy of all
              ranks, metrics in mapped files, served, and scraped every 5 seconds. The server and the
              scraper are threads of the same process, so that their time counts, too.
-  unwatched  the same loop with none of these
+  unwatched  the same loop with none of these (what the stream sums up of its batches' lengths, and
+             the wrappers around DeepSpeed's collectives, stay)
 
 Both log events every 50 steps, which is the default. Rates are real source and target tokens per
 second of processor time, in one thread.
@@ -44,6 +45,7 @@ from train import run_config
 from data_shards.shards import prepare
 from model.config import ModelConfig
 from trainer.config import RunConfig, TrainerConfig
+from trainer.measures import Measured
 
 GOAL = 0.99
 _ENDLESS = 1_000_000_000
@@ -60,6 +62,21 @@ class _NoPhases:
 
     def lap(self) -> None:
         return None
+
+    def restart(self) -> None:
+        pass
+
+
+class _NoMeasures:
+    """Takes the place of what ranks measure."""
+
+    size = 0
+
+    def pack(self, *_: object) -> list[float]:
+        return []
+
+    def unpack(self, _: object) -> Measured:
+        return Measured(computed_tokens=1.0)
 
 
 def train(run_dir: Path, meter: Meter, *, watched: bool) -> None:
@@ -83,6 +100,8 @@ def train(run_dir: Path, meter: Meter, *, watched: bool) -> None:
             voices = Voices(events)
             rank.phases = _NoPhases()  # type: ignore[assignment]
         loop = Loop(rank, voices)
+        if not watched:
+            loop.measures = _NoMeasures()  # type: ignore[assignment]
         tell = loop.reporter.stepped
 
         def stepped(update: Update) -> None:

@@ -4,8 +4,10 @@ Every process of a run keeps its values in files (``trainer.metrics``), in a fol
 that its rank server holds a lock on. All rank servers of the machine that are told the same port
 try to listen on it: one of them does, and serves the files of every run whose lock is held, its own
 and the others'. When it ends, another takes its place within a second. So the address stays what it
-is configured to be, whatever starts and dies behind it, and no free port has to be found; and what
-a run leaves behind is not served, since the kernel lets go of its lock.
+is configured to be, whatever starts and dies behind it, and no free port has to be found.
+
+The kernel lets go of a lock when its holder is gone, however it ended. What that run left is not
+served any more; if it had not ended as it should, the others tell that it is lost.
 """
 
 from __future__ import annotations
@@ -17,28 +19,34 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, TextIO, cast
 from wsgiref.simple_server import make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from data_shards.errors import RunFailedError
-from trainer.metrics import ServerMetrics, Slot
+from trainer.metrics import ENDED, RUN_LOST, ServerMetrics, Slot
 
 log = logging.getLogger(__name__)
 
 SERVICE = "babelray metrics"
 
-_LOCK = "lock"
+_LOCK = ".lock"  # of the machine's folder
+_NAME = "run"  # in a run's folder
+# For how long a run that has vanished is told of.
+_LOST_S = 3600.0
 # How often one that does not have the port tries again.
 _RETRY_S = 1.0
 _ASK_S = 2.0
@@ -62,10 +70,10 @@ class Shelf:
         with _alone(machine):
             _sweep(machine)
             self.folder = Path(tempfile.mkdtemp(dir=machine, prefix=f"{target.run}-"))
-            self._lock = (self.folder / _LOCK).open("w", encoding="utf-8")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._lock.write(target.run)
-        self._lock.flush()
+            # The folder itself is locked: what cleans temporary files up spares it then, too.
+            self._lock: int | None = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            (self.folder / _NAME).write_text(target.run, encoding="utf-8")
         self._own = ServerMetrics(target.run, Slot(self.folder, "server"))
         self._own.started.set(target.started)
         self._taken: set[int] = set()
@@ -82,15 +90,18 @@ class Shelf:
         try:
             yield slot
         finally:
-            slot.vacate()
+            with suppress(OSError):
+                slot.vacate()
             with self._mutex:
                 self._taken.remove(number)
                 self._own.live_ranks.set(len(self._taken))
 
     def close(self) -> None:
         """Take the run's metrics away."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        if self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
 
 
 class Exporter:
@@ -99,16 +110,15 @@ class Exporter:
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
         self._closed = threading.Event()
-        self._server: ThreadingWSGIServer | None = None
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        app = application(machine_folder(self._port))
-        is_told = False
+        app = application(machine_folder(self._port), self._host)
+        is_asked = False
         while not self._closed.is_set():
             try:
-                self._server = make_server(
+                server = make_server(
                     self._host,
                     self._port,
                     app,
@@ -116,20 +126,20 @@ class Exporter:
                     handler_class=_SilentHandler,
                 )
             except OSError as error:
-                if not is_told and not is_served(self._host, self._port):
+                if not is_asked and not is_served(self._host, self._port):
                     # The command looked before it started; training matters more.
                     log.warning("no metrics on %s:%d: %s", self._host, self._port, error)
-                    is_told = True
+                is_asked = True
                 self._closed.wait(_RETRY_S)
-            else:
-                self._server.serve_forever()
+                continue
+            with server:
+                server.timeout = _RETRY_S / 2
+                while not self._closed.is_set():
+                    server.handle_request()
 
     def close(self) -> None:
         """Give the port up."""
         self._closed.set()
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
         self._thread.join()
 
 
@@ -139,7 +149,9 @@ def machine_folder(port: int) -> Path:
     Raises:
         RunFailedError: somebody else has made it.
     """
-    folder = Path(tempfile.gettempdir()) / f"babelray-{os.getuid()}" / f"metrics-{port}"
+    # The machine's name, should several share the place for temporary files.
+    name = f"metrics-{os.uname().nodename}-{port}"
+    folder = Path(tempfile.gettempdir()) / f"babelray-{os.getuid()}" / name
     for each in (folder.parent, folder):
         each.mkdir(mode=0o700, exist_ok=True)
         found = each.lstat()
@@ -150,8 +162,8 @@ def machine_folder(port: int) -> Path:
     return folder
 
 
-def application(machine: Path) -> Callable[..., Iterable[bytes]]:
-    """The WSGI application: ``/metrics`` and ``/healthz``."""
+def application(machine: Path, host: str) -> Callable[..., Iterable[bytes]]:
+    """The WSGI application: ``/metrics``, and ``/healthz`` for probes and other rank servers."""
     registry = CollectorRegistry()
     registry.register(_Collector(machine))
     metrics = make_wsgi_app(registry)
@@ -161,29 +173,34 @@ def application(machine: Path) -> Callable[..., Iterable[bytes]]:
         if path == "/metrics":
             return cast("Iterable[bytes]", metrics(environ, start_response))
         if path == "/healthz":
-            runs = [_name(folder) for folder in _live(machine)]
-            body = json.dumps(
-                {"status": "ok", "service": SERVICE, "user": os.getuid(), "runs": sorted(runs)}
-            )
+            about = {"status": "ok", **_identity(machine, host), "runs": sorted(_live(machine))}
             start_response("200 OK", [("Content-Type", "application/json")])
-            return [body.encode() + b"\n"]
+            return [json.dumps(about).encode() + b"\n"]
         start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
         return [b"/metrics has the metrics, /healthz says that they are served\n"]
 
     return serve
 
 
-def is_served(host: str, port: int) -> bool:
-    """Whether the metrics of this user's runs on this machine are served there already."""
-    import requests
+def _identity(machine: Path, host: str) -> dict[str, Any]:
+    """What two servers must agree in, so that one serves the other's runs."""
+    found = machine.stat()
+    return {"service": SERVICE, "host": host, "folder": f"{found.st_dev}:{found.st_ino}"}
 
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
-    address = f"[{host}]" if ":" in host else host
+
+def is_served(host: str, port: int) -> bool:
+    """Whether this user's runs on this machine are served there already, as they should be."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
+    connection = HTTPConnection(reached, port, timeout=_ASK_S)  # and through no proxy
     try:
-        answer = requests.get(f"http://{address}:{port}/healthz", timeout=_ASK_S).json()
-        return bool(answer["service"] == SERVICE and answer["user"] == os.getuid())
-    except (requests.RequestException, ValueError, KeyError, TypeError):
+        connection.request("GET", "/healthz")
+        answer = json.loads(connection.getresponse().read())
+        wanted = _identity(machine_folder(port), host)
+        return all(answer[name] == value for name, value in wanted.items())
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, RunFailedError):
         return False
+    finally:
+        connection.close()
 
 
 class _Collector:
@@ -194,48 +211,84 @@ class _Collector:
 
     def collect(self) -> Iterable[Metric]:
         merged: dict[str, Metric] = {}
-        for folder in _live(self._machine):
-            for metric in _read(folder):
+        for run, folders in _live(self._machine).items():
+            for metric in _read(run, folders):
                 if metric.name in merged:
                     merged[metric.name].samples += metric.samples
                 else:
                     merged[metric.name] = metric
+        lost = _lost(self._machine)
+        if lost:
+            family = GaugeMetricFamily(RUN_LOST.name, RUN_LOST.help, labels=RUN_LOST.labels)
+            for run in lost:
+                family.add_metric([run], 1.0)
+            merged[RUN_LOST.name] = family
         return merged.values()
 
 
-def _read(folder: Path) -> list[Metric]:
-    files = [str(file) for file in folder.glob("*.db")]
+def _read(run: str, folders: Iterable[Path]) -> list[Metric]:
+    files = [file for folder in folders for file in folder.glob("*.db")]
     try:
-        return list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, RuntimeError) as error:  # it ends just now, or a file is damaged
-        log.warning("the metrics in %s cannot be read: %s", folder, error)
+        # An empty one is just being made.
+        full = [str(file) for file in files if file.stat().st_size]
+        return list(MultiProcessCollector.merge(full))  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, RuntimeError, struct.error) as error:
+        log.warning("the metrics of %s cannot be read now: %s", run, error)
         return []
 
 
-def _live(machine: Path) -> list[Path]:
-    """The folders of runs whose rank server lives."""
-    return [file.parent for file in sorted(machine.glob(f"*/{_LOCK}")) if _is_held(file)]
+def _live(machine: Path) -> dict[str, list[Path]]:
+    """The folders of runs whose rank server lives; of several servers of a run they add up."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(machine.glob(f"*/{_NAME}")):
+        if _is_held(file.parent) and (run := _name(file)):
+            found.setdefault(run, []).append(file.parent)
+    return found
 
 
-def _name(folder: Path) -> str:
-    return (folder / _LOCK).read_text(encoding="utf-8")
+def _lost(machine: Path) -> set[str]:
+    """Runs whose rank server here ended less than an hour ago, though they had not ended."""
+    left = [file for file in machine.glob(f"*/{_NAME}") if not _is_held(file.parent)]
+    lost = {_name(file) for file in left if not _is_done(file.parent)}
+    return {run for run in lost - _live(machine).keys() if run}
 
 
-def _is_held(file: Path) -> bool:
+def _is_done(folder: Path) -> bool:
+    """Whether there is nothing more to tell of a run whose server has ended."""
     try:
-        with file.open(encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        age_s = time.time() - max(file.stat().st_mtime for file in folder.iterdir())
+    except (OSError, ValueError):
+        return True
+    return (folder / ENDED).exists() or age_s > _LOST_S
+
+
+def _name(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(descriptor)
     return False
 
 
 def _sweep(machine: Path) -> None:
     """Remove what runs that were killed have left."""
     for folder in machine.iterdir():
-        if folder.is_dir() and not _is_held(folder / _LOCK):
+        if folder.is_dir() and not _is_held(folder) and _is_done(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 

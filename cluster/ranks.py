@@ -254,7 +254,7 @@ def _train(task: Task, place: Place, slot: Slot | None) -> object:
             task.run_dir,
             rank=place.rank,
             world_size=place.world_size,
-            local_rank=place.local_rank % max(1, torch.cuda.device_count()),
+            local_rank=place.local_rank,
             # A fresh run has no checkpoint to resume from; a group that was restarted has.
             resume=True,
             slot=slot,

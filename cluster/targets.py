@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.storage import write_atomically
+
+log = logging.getLogger(__name__)
 
 # Of every Prometheus configuration of ours; the dashboards and alerts rely on it.
 JOB = "babelray"
@@ -28,7 +31,7 @@ def targets_path(run_dir: Path) -> Path:
 
 
 def write(run_dir: Path, nodes: Iterable[str], *, host: str, port: int) -> None:
-    """Say where the run's metrics are now.
+    """Say where the run's metrics are now; logs that it cannot, which must not end the training.
 
     Several runs may name the same target, with the same labels: Prometheus scrapes it once.
 
@@ -40,13 +43,20 @@ def write(run_dir: Path, nodes: Iterable[str], *, host: str, port: int) -> None:
     is_any = host in {"", "::", "0.0.0.0"}  # noqa: S104
     hosts = sorted(set(nodes)) if is_any else [host]
     targets = [f"{_bracketed(each)}:{port}" for each in hosts]
-    targets_path(run_dir).parent.mkdir(exist_ok=True)
-    write_atomically(targets_path(run_dir), json.dumps([{"targets": targets, "labels": {}}]) + "\n")
+    file = targets_path(run_dir)
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, json.dumps([{"targets": targets, "labels": {}}]) + "\n")
+    except OSError as error:
+        log.warning("Prometheus is not told where the metrics are: %s: %s", file, error)
 
 
 def remove(run_dir: Path) -> None:
     """The run trains no more."""
-    targets_path(run_dir).unlink(missing_ok=True)
+    try:
+        targets_path(run_dir).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s stays, though the run has ended: %s", targets_path(run_dir), error)
 
 
 def _bracketed(host: str) -> str:

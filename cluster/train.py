@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster import session, targets
-from cluster.failures import explain, failures_path, is_stop
+from cluster.failures import explain, failures_path, is_stop, note
 from cluster.naming import claim, clear, logs_dir, write_config
 from cluster.progress import Narrator, News, Tail
 from cluster.ranks import Task
@@ -115,6 +115,7 @@ def start(
             _check_resources(ray_session, workers)
             write_config(config, run_dir)
             _note_session(run_dir, ray_session)
+            note(run_dir, "commanded")  # what failed before is not what the run recovers from
             if ray_session.dashboard_url:
                 say(f"Ray dashboard: {ray_session.dashboard_url}")
             say(f"training {run_dir} on {_described(workers)}")
@@ -129,10 +130,9 @@ def start(
                 task, workers, use_gpu=ray_session.num_gpus > 0, is_local=ray_session.is_local
             )
             scorer = _scorer(config, run_dir, say)
-            try:
-                narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
-            finally:
-                targets.remove(run_dir)
+            narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
+            if fit.error is None or is_stop(fit.error) or interrupts.signal is not None:
+                targets.remove(run_dir)  # else Prometheus shall see that nobody answers there
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt

@@ -91,6 +91,10 @@ class _RankServer(RankServer):
         end_with_parent()
         super().__init__(warm=warm, metrics=metrics)
 
+    def __ray_shutdown__(self) -> None:
+        """Ray's hook: the run has left this machine, and nobody holds the actor any more."""
+        self.close()
+
 
 def _preempted() -> bool:
     """Whether Ray has told that a machine of the group is to be taken away.
@@ -123,7 +127,7 @@ class ServersCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
         if trainer.metrics_port:
             targets.write(
                 self._task.run_dir,
-                (worker.metadata.node_ip for worker in worker_group.get_workers()),
+                [worker.metadata.node_ip for worker in worker_group.get_workers()],
                 host=trainer.metrics_host,
                 port=trainer.metrics_port,
             )

@@ -7,6 +7,7 @@ al. 2022, arXiv 2204.02311, appendix B). Padding is not counted: it is no use to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,11 @@ _PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """The device's dense peak for a precision, None where it is not known (every CPU)."""
+    words = set(re.split(r"[^A-Za-z0-9]+", device_name))
+    if words & {"PCIe", "PCIE", "NVL"}:
+        return None  # slower than the SXM variants
     for name, peaks in _PEAK_FLOPS.items():
-        if name in device_name:
+        if name in words:
             return peaks.get(precision)
     return None
 

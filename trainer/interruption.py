@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,68 +19,84 @@ from trainer.metrics import CAUSES, Cause
 class Interruption:
     """The failures since the last update, as one: ``began`` is when the first was noted.
 
-    ``causes`` are of the restarts that no attempt has counted yet; ``cause`` and ``message`` are
-    the last failure's.
+    Attributes:
+        causes: of the restarts that no attempt has counted yet.
+        cause, message: the last failure's.
+        seen: lines of the failures' log up to now.
     """
 
     began: float
     cause: Cause
     message: str
     causes: tuple[Cause, ...]
+    seen: int
 
     def seconds(self) -> float:
         """From its beginning until now."""
         return max(0.0, time.time() - self.began)
 
 
+def failures_seen(run_dir: Path) -> int:
+    """Lines of the failures' log, for an event that says what came before it."""
+    return len(_lines(run_dir / "logs" / "failures.jsonl"))
+
+
 def interruption(run_dir: Path) -> Interruption | None:
     """What this attempt comes after; None if it comes after nothing that went wrong.
 
-    To be asked before the attempt is logged. A run that was given up and is resumed by hand has not
-    recovered: what came before does not count.
+    To be asked before the attempt is logged. What came before the last command that started or
+    resumed the run does not count: it was not the run that recovered from it. The two logs are
+    written on different machines, so it is lines that are compared and not times.
     """
-    counted_until = recovered_at = 0.0
-    for event in _lines(run_dir / "events.jsonl", ("started", "resumed", "recovered", "finished")):
-        moment = float(event.get("time", 0.0))
-        if event["event"] in {"started", "resumed"}:
-            counted_until = moment
-        else:
-            recovered_at = moment
-    failures: list[dict[str, Any]] = []
-    for event in _lines(run_dir / "logs" / "failures.jsonl", ("worker_failed", "resized")):
-        if event.get("time", 0.0) <= recovered_at:
-            continue
-        if event.get("final"):
+    counted = recovered = 0
+    for line in _lines(run_dir / "events.jsonl"):
+        if any(mark in line for mark in _MARKS) and (event := _parsed(line)):
+            seen = int(event.get("failures_seen", 0))
+            if event.get("event") == "recovered":
+                recovered = seen
+            elif event.get("event") in {"started", "resumed"}:
+                counted = seen
+    lines = _lines(run_dir / "logs" / "failures.jsonl")
+    failures: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(lines):
+        event = _parsed(line)
+        kind = event.get("event")
+        if kind == "commanded" or event.get("final"):
             failures = []
-        elif event["event"] == "worker_failed":
-            failures.append(event)
-        elif event.get("planned"):
-            failures.append({**event, "cause": "resized", "message": "resized"})
-    failures = [event for event in failures if event.get("cause") in CAUSES]
+        elif kind == "resized" and event.get("planned"):
+            failures.append((number, {**event, "cause": "resized", "message": "another size"}))
+        elif kind == "worker_failed" and event.get("cause") in CAUSES:
+            failures.append((number, event))
+    failures = [(number, event) for number, event in failures if number >= recovered]
     if not failures:
         return None
+    last = failures[-1][1]
     return Interruption(
-        began=failures[0]["time"],
-        cause=cast("Cause", failures[-1]["cause"]),
-        message=str(failures[-1].get("message", "")),
+        began=failures[0][1]["time"],
+        cause=cast("Cause", last["cause"]),
+        message=str(last.get("message", "")),
         causes=tuple(
-            cast("Cause", event["cause"]) for event in failures if event["time"] > counted_until
+            cast("Cause", event["cause"]) for number, event in failures if number >= counted
         ),
+        seen=len(lines),
     )
 
 
-def _lines(file: Path, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The events of these kinds; others are not even parsed."""
-    marks = [f'"event": "{kind}"' for kind in kinds]
+# Of the events that matter; the many others are not even parsed.
+_MARKS = tuple(f'"event": "{kind}"' for kind in ("started", "resumed", "recovered"))
+
+
+def _lines(file: Path) -> list[str]:
+    """Whole lines."""
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError:
-        return
-    for line in text.split("\n"):
-        if any(mark in line for mark in marks):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and event.get("event") in kinds:
-                yield event
+        return []
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}

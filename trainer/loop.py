@@ -24,7 +24,7 @@ from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE, Handover
 from trainer.energy import EnergyMeter
 from trainer.events import EventLog
 from trainer.guard import Guard, Reason
-from trainer.interruption import Interruption, interruption
+from trainer.interruption import Interruption, failures_seen, interruption
 from trainer.machine import describe, versions
 from trainer.measures import Measured, Measures
 from trainer.metrics import RankMetrics, RunMetrics, Slot
@@ -150,7 +150,7 @@ class Loop:
         self.engine.train()
         reason = lap = None
         requests: frozenset[str] = frozenset()
-        self.phases.lap()  # what came before is no step
+        self.phases.restart()
         with stream, closing(self._profiler()) as profiler:
             while reason is None:
                 self.rank.watchdog.beat()
@@ -307,18 +307,34 @@ class Loop:
                 )
             )
         else:
-            self._skip(reason, loss, result.grad_norm, totals.bad_lanes)
+            self._skip(reason, loss, result.grad_norm, totals, lap)
 
-    def _skip(self, reason: Reason, loss: float, grad_norm: float, bad_lanes: list[int]) -> None:
+    def _skip(
+        self,
+        reason: Reason,
+        loss: float,
+        grad_norm: float,
+        totals: StepTotals,
+        lap: Seconds | None,
+    ) -> None:
         step = self.state.step
         action = self.guard.skipped(step, reason)
         pairs = {}
         if self.rank.is_first:
             batches = self.plan.step(step - 1)
             pairs = {batch.lane: batch.pair_ids.tolist() for batch in batches}
-        self.reporter.skipped(reason, loss, grad_norm, bad_lanes, pairs)
+        self.reporter.skipped(
+            reason,
+            loss,
+            grad_norm,
+            lanes=totals.bad_lanes,
+            pairs=pairs,
+            measured=totals.measured,
+            phases=lap,
+        )
         if action == "rewind":
-            self._rewind()
+            with self.phases("checkpoint"):
+                self._rewind()
         elif action == "stop":
             raise self._diverged("and the policy is to stop")
 
@@ -353,7 +369,8 @@ class Loop:
         state.data_hash = (state.data_hash + totals.data_hash) & _MASK64
         state.target_tokens += self.plan.target_tokens(step)
         state.source_tokens += self.plan.source_tokens(step)
-        state.flops += totals.measured.flops
+        if state.flops is not None:
+            state.flops += totals.measured.flops
         if totals.measured.joules:
             state.joules = (state.joules or 0.0) + sum(totals.measured.joules.values())
 
@@ -381,6 +398,7 @@ class Loop:
     def _validate(self) -> bool:
         """Validation loss over all ranks; True if it makes this the best checkpoint so far."""
         self.rank.phase = "validating"
+        self.reporter.validating()
         began = time.monotonic()
         self.engine.train(False)
         nll_sum = torch.zeros((), dtype=torch.float64, device=self.rank.device)
@@ -399,7 +417,8 @@ class Loop:
         self.engine.train()
         nll_mean = nll_sum.item() / self.rank.validation.target_tokens
         state = self.state
-        improved = state.best_nll is None or nll_mean < state.best_nll
+        state.last_nll = nll_mean
+        improved = math.isfinite(nll_mean) and (state.best_nll is None or nll_mean < state.best_nll)
         by_loss = self.config.trainer.best_by == "loss"
         if improved:
             state.best_nll, state.stale_validations = nll_mean, 0
@@ -446,9 +465,13 @@ def train(
         this.prepare()
         passed_over = this.resume() if resume else None
         own = _opened(lambda slot: RankMetrics(run_dir.name, rank, slot), slot)
-        if not this.is_first:
-            return Loop(this, Voices(rank=own)).run()
-        return _train_first(this, passed_over, own, slot)
+        if this.is_first:
+            reason = _train_first(this, passed_over, own, slot)
+        else:
+            reason = Loop(this, Voices(rank=own)).run()
+        if slot is not None:
+            slot.end()
+        return reason
 
 
 def _opened(make: Callable[[Slot], _Family], slot: Slot | None) -> _Family | None:
@@ -481,6 +504,7 @@ def _train_first(
             step=this.state.step,
             **({"passed_over": passed_over} if passed_over else {}),
             attempt=this.token,
+            failures_seen=failures_seen(run_dir),
             world_size=this.world_size,
             parameters=this.num_parameters,
             steps_per_epoch=this.plan.steps_per_epoch,

@@ -44,6 +44,9 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 Kind = Literal["counter", "gauge", "histogram"]
 
+# In a slot's folder: the run has ended as it should, and nobody needs to look for it.
+ENDED = "ended"
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -53,6 +56,16 @@ class Declared:
     kind: Kind
     help: str
     labels: tuple[str, ...]
+
+
+# Told by another run's server on the machine, about one that cannot tell any more.
+RUN_LOST = Declared(
+    f"{PREFIX}run_lost",
+    "gauge",
+    "1 for an hour after a run's server on this machine ended while the run had not: it was given "
+    "up or killed. Absent where no other run is served there: then the target is down.",
+    ("run",),
+)
 
 
 class Slot:
@@ -92,12 +105,32 @@ class Slot:
     def _reserve(self) -> None:
         """Have the disk give its blocks now: a store to one that it has not ends the process."""
         for kind in ("counter", "histogram", "gauge_mostrecent", "gauge_livemostrecent"):
-            with (self.folder / f"{kind}_{self.name}.db").open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+            file = self.folder / f"{kind}_{self.name}.db"
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                _allocate(descriptor)
+            except OSError:
+                file.unlink()
+                raise
+            finally:
+                os.close(descriptor)
+
+    def end(self) -> None:
+        """Say that the run has ended as it should."""
+        (self.folder / ENDED).touch()
 
     def vacate(self) -> None:
         """Remove what only a live process can say; it has ended."""
         mark_process_dead(self.name, str(self.folder))  # type: ignore[no-untyped-call]
+
+
+def _allocate(descriptor: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, _FILE_BYTES)
+        return
+    size = os.fstat(descriptor).st_size
+    if size < _FILE_BYTES:
+        os.pwrite(descriptor, bytes(_FILE_BYTES - size), size)
 
 
 class _Family:
@@ -133,6 +166,12 @@ class _Family:
         made = Counter(PREFIX + name, text, ["run", *labels], registry=self.registry)
         return made if labels else made.labels(self.run)
 
+    def _restarts(self) -> dict[Cause, Counter]:
+        restarts = self._counter(
+            "restarts", "Starts of the ranks anew, by what made them.", ["cause"]
+        )
+        return {cause: restarts.labels(self.run, cause) for cause in CAUSES}
+
     def _gauge(
         self, name: str, text: str, labels: Sequence[str] = (), *, lasting: bool = False
     ) -> Gauge:
@@ -165,12 +204,12 @@ class RunMetrics(_Family):
         # What was done. Steps that are done again after a failure count again.
         self.steps = counter("steps", "Optimizer updates made.")
         self.target_tokens = counter(
-            "target_tokens", "Target tokens trained on, end signs included, padding not."
+            "target_tokens", "Target tokens consumed, end signs included, padding not."
         )
         self.source_tokens = counter(
-            "source_tokens", "Source tokens trained on, end signs included, padding not."
+            "source_tokens", "Source tokens consumed, end signs included, padding not."
         )
-        self.samples = counter("samples", "Sentence pairs trained on.")
+        self.samples = counter("samples", "Sentence pairs consumed.")
         self.flops = counter(
             "flops",
             "Floating-point operations of the model, forward and backward, padding not counted.",
@@ -181,6 +220,7 @@ class RunMetrics(_Family):
             "tell it; absent where they do not.",
             ["source"],
         )
+        self._energy_of: dict[str, Counter] = {}
         # How fast.
         self.step_seconds = histogram("step_seconds", "Wall time of a step.", _STEP_BUCKETS_S)
         self.tokens_per_second = gauge(
@@ -218,10 +258,9 @@ class RunMetrics(_Family):
         self.valid_nll = gauge(
             "valid_nll_nats",
             "Negative log-likelihood a target token on the validation set.",
-            lasting=True,
         )
         self.best_valid_nll = gauge(
-            "best_valid_nll_nats", "The lowest babelray_valid_nll_nats so far.", lasting=True
+            "best_valid_nll_nats", "The lowest babelray_valid_nll_nats so far."
         )
         self.stale_validations = gauge(
             "stale_validations", "Validations of the loss since the best one."
@@ -246,6 +285,7 @@ class RunMetrics(_Family):
             "Rolling hash of the consumed pair ids: its lower 48 bits, which a float holds "
             "exactly; data_hash in events.jsonl has all 64.",
         )
+        self.validating = gauge("validating", "1 while the run validates, else 0.")
         self.last_step_time = gauge(
             "last_step_timestamp_seconds", "Unix time of the last step.", lasting=True
         )
@@ -256,7 +296,8 @@ class RunMetrics(_Family):
             lasting=True,
         )
         self.last_checkpoint_step = gauge(
-            "last_checkpoint_step", "Step of the last committed checkpoint.", lasting=True
+            "last_checkpoint_step",
+            "Step of the last committed checkpoint, or of the one that the ranks started from.",
         )
         self.last_checkpoint_size = gauge(
             "last_checkpoint_size_bytes", "Size of the last committed checkpoint.", lasting=True
@@ -286,11 +327,10 @@ class RunMetrics(_Family):
             reason: skipped.labels(self.run, reason) for reason in get_args(Reason)
         }
         self.rewinds = counter("rewinds", "Returns to the weights of an earlier checkpoint.")
-        restarts = counter("restarts", "Starts of the ranks anew, by what made them.", ["cause"])
+        self.restarts = self._restarts()
         recovery = histogram(
             "recovery_seconds", "From a failure to the next update.", _LONG_BUCKETS_S, ["cause"]
         )
-        self.restarts = {cause: restarts.labels(self.run, cause) for cause in CAUSES}
         self.recovery_seconds = {cause: recovery.labels(self.run, cause) for cause in CAUSES}
         # What it is.
         self._run_info = gauge(
@@ -318,8 +358,10 @@ class RunMetrics(_Family):
 
     def add_energy(self, source: str, joules: float) -> None:
         """Count energy; ``source`` is one of ``trainer.energy.SOURCES``."""
-        with self._stored():
-            self._energy.labels(self.run, source).inc(joules)
+        if source not in self._energy_of:
+            with self._stored():
+                self._energy_of[source] = self._energy.labels(self.run, source)
+        self._energy_of[source].inc(joules)
 
     def describe(self, *, run: dict[str, str], manifest_sha256: str, build: dict[str, str]) -> None:
         """Set the three ``_info`` metrics; ``run`` and ``build`` by their labels."""
@@ -360,12 +402,19 @@ class RankMetrics(_Family):
             "allocation so far. Absent on a CPU.",
             ["rank", "kind"],
         )
+        self._memory_of: dict[str, Gauge] = {}
 
     def set_memory(self, *, allocated: int, reserved: int, peak: int) -> None:
         """GPU memory, bytes."""
-        with self._stored():
-            for kind, value in (("allocated", allocated), ("reserved", reserved), ("peak", peak)):
-                self._memory.labels(self.run, self._rank, kind).set(value)
+        if not self._memory_of:
+            with self._stored():
+                self._memory_of = {
+                    kind: self._memory.labels(self.run, self._rank, kind)
+                    for kind in ("allocated", "reserved", "peak")
+                }
+        self._memory_of["allocated"].set(allocated)
+        self._memory_of["reserved"].set(reserved)
+        self._memory_of["peak"].set(peak)
 
 
 class ServerMetrics(_Family):
@@ -376,6 +425,9 @@ class ServerMetrics(_Family):
             "run_started_timestamp_seconds", "Unix time of the command that started or resumed it."
         )
         self.live_ranks = self._gauge("live_ranks", "Ranks of the run that live on this machine.")
+        # Zeros: the first rank counts a restart as soon as it is there, and an increase is seen
+        # only from a value that was there before. The exporter adds up.
+        self._restarts()
 
 
 # Of one result of ``babelray evaluate``: suffix of the metric, field of the result, what it is.
@@ -403,4 +455,6 @@ def declared_evaluation() -> list[Declared]:
 def declared() -> list[Declared]:
     """Every metric that a training run serves."""
     families = (RunMetrics("run"), RankMetrics("run", 0), ServerMetrics("run"))
-    return [metric for family in families for metric in family.declared]
+    return list(
+        dict.fromkeys([*(metric for each in families for metric in each.declared), RUN_LOST])
+    )

@@ -33,6 +33,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 # What a rank spends for itself: what is left waits for others, or for a checkpoint.
 BUSY: tuple[Phase, ...] = ("data_wait", "forward", "backward", "optimizer", "other")
 
+# Not divided further: what ranks exchange while they validate belongs to the validation.
+_WHOLE: tuple[Phase, ...] = ("validation", "checkpoint")
+
 Seconds = dict[Phase, float]
 
 
@@ -44,7 +47,7 @@ class Phases:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
+        self._clock = _DeviceClock(device) if device.type == "cuda" else _HostClock()
         self._open: list[Phase] = ["other"]
         self.annotate = False
 
@@ -52,8 +55,12 @@ class Phases:
         """The block belongs to ``phase``."""
         return _Block(self, phase)
 
+    def restart(self) -> None:
+        """Begin a step now, whatever came before."""
+        self._clock.restart()
+
     def lap(self) -> Seconds | None:
-        """End the step (or, before the first, whatever came before it): seconds by phase.
+        """End the step, and begin the next: seconds by phase.
 
         On a GPU those of the step before; None where that is not known yet.
         """
@@ -62,7 +69,8 @@ class Phases:
 
     def _enter(self, phase: Phase) -> None:
         self._clock.mark(self._open[-1])
-        self._open.append(phase)
+        outer = self._open[-1]
+        self._open.append(outer if outer in _WHOLE else phase)
 
     def _leave(self) -> None:
         self._clock.mark(self._open.pop())
@@ -93,6 +101,9 @@ class _Block(AbstractContextManager[None]):
 
 class _HostClock:
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self._since = time.perf_counter()
         self._seconds: Seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -108,9 +119,16 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """The same with events on the device's current stream."""
+    """The same with events on one stream of the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        # DeepSpeed makes some collectives on streams of its own: marks of two do not compare.
+        self._stream = torch.cuda.current_stream(device)
+        self.restart()
+
+    def restart(self) -> None:
         self._last = self._event()
         self._marks: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
         self._before: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
@@ -127,13 +145,12 @@ class _DeviceClock:
         past[-1][2].synchronize()  # has happened: the step since then has waited for the device
         seconds: Seconds = dict.fromkeys(PHASES, 0.0)
         for phase, start, end in past:
-            seconds[phase] += start.elapsed_time(end) / 1000.0
+            seconds[phase] += max(0.0, start.elapsed_time(end) / 1000.0)
         return seconds
 
-    @staticmethod
-    def _event() -> torch.cuda.Event:
+    def _event(self) -> torch.cuda.Event:
         import torch
 
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(self._stream)
         return event

@@ -181,8 +181,10 @@ class Rank:
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    # All of the group's GPUs of this machine are visible, or this rank's alone.
+    number = local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _log_stream() -> TextIO | None:

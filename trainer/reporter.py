@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -41,24 +42,20 @@ class Update:
 
 @dataclass
 class _Sums:
-    """Over the updates since the last logged one."""
+    """Since the last logged step: of the loss over updates, of the rest over all steps."""
 
     loss: float = 0.0
     nll: float = 0.0
-    target_tokens: int = 0
-    source_tokens: int = 0
+    trained_tokens: int = 0  # the targets of ``loss`` and ``nll``
+    tokens: int = 0  # consumed, source and target
     measured: Measured = field(default_factory=Measured)
     phases: Seconds = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     num_phases: int = 0
 
-    def add(self, update: Update) -> None:
-        self.loss += update.loss_sum
-        self.nll += update.nll_sum
-        self.measured += update.measured
-        if update.phases is not None:
-            for phase, seconds in update.phases.items():
-                self.phases[phase] += seconds
-            self.num_phases += 1
+    def add_phases(self, phases: Seconds) -> None:
+        for phase, seconds in phases.items():
+            self.phases[phase] += seconds
+        self.num_phases += 1
 
     def mean_phases(self) -> Seconds | None:
         """Seconds a step."""
@@ -121,54 +118,57 @@ class Reporter:
         metrics.checkpoint_interval.set(self._config.trainer.checkpoint_every)
         metrics.last_checkpoint_step.set(state.step)
         metrics.position.set(state.step)
+        metrics.validating.set(0)
         metrics.stale_validations.set(state.stale_validations)
         if state.best_nll is not None:
             metrics.best_valid_nll.set(state.best_nll)
+        if state.last_nll is not None:
+            metrics.valid_nll.set(state.last_nll)
         for cause in self._interruption.causes if self._interruption else ():
             metrics.restarts[cause].inc()
 
     def stepped(self, update: Update) -> None:
         """After an update; logs the first and every ``log_every``-th."""
-        state, metrics = self._state, self._metrics
-        step = state.step - 1
-        source_tokens, target_tokens = (
-            self._plan.source_tokens(step),
-            self._plan.target_tokens(step),
-        )
-        if metrics is not None:
-            metrics.steps.inc()
-            metrics.target_tokens.inc(target_tokens)
-            metrics.source_tokens.inc(source_tokens)
-            metrics.samples.inc(self._plan.num_pairs(step))
-            metrics.flops.inc(update.measured.flops)
-            for source, joules in update.measured.joules.items():
-                metrics.add_energy(source, joules)
-        self._observe(update.phases)
-        self._position()
-        since = self._since
-        since.add(update)
-        since.target_tokens += target_tokens
-        since.source_tokens += source_tokens
+        state, since = self._state, self._since
+        target_tokens = self._plan.target_tokens(state.step - 1)
+        if self._metrics is not None:
+            self._metrics.steps.inc()
+        self._consumed(update.measured, update.phases)
+        since.loss += update.loss_sum
+        since.nll += update.nll_sum
+        since.trained_tokens += target_tokens
         if state.step % self._config.trainer.log_every == 0 or state.step == 1:
             self._log(update, target_tokens)
 
-    def _observe(self, phases: Seconds | None) -> None:
-        if phases is None:
-            return
+    def _consumed(self, measured: Measured, phases: Seconds | None) -> None:
+        """After any step, trained on or not: the work was done."""
+        step, metrics, since = self._state.step - 1, self._metrics, self._since
+        source_tokens = self._plan.source_tokens(step)
+        target_tokens = self._plan.target_tokens(step)
+        since.tokens += source_tokens + target_tokens
+        since.measured += measured
+        if phases is not None:
+            since.add_phases(phases)
+            self._observe(phases)
+        if metrics is not None:
+            metrics.target_tokens.inc(target_tokens)
+            metrics.source_tokens.inc(source_tokens)
+            metrics.samples.inc(self._plan.num_pairs(step))
+            metrics.flops.inc(measured.flops)
+            for source, joules in measured.joules.items():
+                metrics.add_energy(source, joules)
+            metrics.position.set(self._state.step)
+            metrics.last_step_time.set_to_current_time()
+        if self._interruption is not None:
+            self._recovered(self._interruption)
+            self._interruption = None
+
+    def _observe(self, phases: Seconds) -> None:
         if self._metrics is not None:
             self._metrics.step_seconds.observe(sum(phases.values()) - phases["validation"])
         if self._rank_metrics is not None:
             for phase, seconds in phases.items():
                 self._rank_metrics.phases[phase].observe(seconds)
-
-    def _position(self) -> None:
-        """After any step, trained on or not."""
-        if self._metrics is not None:
-            self._metrics.position.set(self._state.step)
-            self._metrics.last_step_time.set_to_current_time()
-        if self._interruption is not None:
-            self._recovered(self._interruption)
-            self._interruption = None
 
     def _recovered(self, interruption: Interruption) -> None:
         seconds = interruption.seconds()
@@ -179,21 +179,21 @@ class Reporter:
                 cause=interruption.cause,
                 seconds=round(seconds, 3),
                 message=interruption.message,
+                failures_seen=interruption.seen,
             )
         if self._metrics is not None:
             self._metrics.recovery_seconds[interruption.cause].observe(seconds)
 
     def _log(self, update: Update, target_tokens: int) -> None:
-        """Tell of the updates since the last logged one; ``target_tokens`` are the last one's."""
+        """Tell of the steps since the last logged one; ``target_tokens`` are the last one's."""
         state, since = self._state, self._since
         interval_s = max(1e-9, state.elapsed_s - self._logged_at_s)
-        tokens = since.target_tokens + since.source_tokens
         values = _Interval(
-            mean_loss=since.loss / since.target_tokens,
-            mean_nll=since.nll / since.target_tokens,
-            tokens_per_second=tokens / interval_s,
+            mean_loss=since.loss / since.trained_tokens,
+            mean_nll=since.nll / since.trained_tokens,
+            tokens_per_second=since.tokens / interval_s,
             mfu=since.measured.flops / interval_s / self._rates.peak,
-            padding_efficiency=tokens / since.measured.computed_tokens,
+            padding_efficiency=since.tokens / since.measured.computed_tokens,
             skew=since.measured.skew(),
             epoch=self._plan.locate(state.step - 1)[0],
         )
@@ -229,7 +229,7 @@ class Reporter:
             # Of this update alone: what a resume, or another number of workers, must repeat.
             loss=update.loss_sum / target_tokens,
             nll=update.nll_sum / target_tokens,
-            # Over the updates since the last logged one: what a person wants to see.
+            # Over the steps since the last logged one: what a person wants to see.
             mean_loss=values.mean_loss,
             mean_nll=values.mean_nll,
             learning_rate=update.learning_rate,
@@ -270,6 +270,22 @@ class Reporter:
         if not math.isnan(bleu):
             metrics.valid_bleu.set(bleu)
 
+    def _sums(self) -> dict[str, Any]:
+        """Since the run began, whatever was logged last."""
+        state = self._state
+        return {
+            "source_tokens": state.source_tokens,
+            "target_tokens": state.target_tokens,
+            "flops": state.flops,
+            "energy_joules": state.joules,
+            "data_hash": f"{state.data_hash:016x}",
+        }
+
+    def validating(self) -> None:
+        """Before a validation."""
+        if self._metrics is not None:
+            self._metrics.validating.set(1)
+
     def validated(self, nll: float, improved: bool, seconds: float) -> None:
         """After a validation."""
         if self._events is not None:
@@ -283,6 +299,8 @@ class Reporter:
                 elapsed_s=round(self._state.elapsed_s, 3),
             )
         if self._metrics is not None:
+            self._metrics.validating.set(0)
+            self._metrics.last_step_time.set_to_current_time()  # the next one begins now
             self._metrics.valid_nll.set(nll)
             self._metrics.stale_validations.set(self._state.stale_validations)
             self._metrics.validation_seconds.observe(seconds)
@@ -294,8 +312,11 @@ class Reporter:
         reason: Reason,
         loss: float,
         grad_norm: float,
+        *,
         lanes: list[int],
         pairs: dict[int, list[int]],
+        measured: Measured,
+        phases: Seconds | None,
     ) -> None:
         """After a step that was not trained on.
 
@@ -303,6 +324,7 @@ class Reporter:
             loss, grad_norm: what went wrong, in the units of the events of steps.
             lanes: those whose own loss is not finite.
             pairs: the ids of all the step's pairs by lane.
+            measured, phases: as of an ``Update``.
         """
         state = self._state
         epoch, _ = self._plan.locate(state.step - 1)
@@ -321,7 +343,7 @@ class Reporter:
             )
         if self._metrics is not None:
             self._metrics.skipped_steps[reason].inc()
-        self._position()
+        self._consumed(measured, phases)
 
     def rewound(self, to_step: int) -> None:
         """After the weights were taken back to those of an earlier checkpoint."""
@@ -338,7 +360,7 @@ class Reporter:
     def handed_over(self) -> None:
         """After the checkpoint with which this group of ranks leaves."""
         if self._events is not None:
-            self._events.write("handed_over", step=self._state.step)
+            self._events.write("handed_over", step=self._state.step, **self._sums())
 
     def saved(self, saved: Saved, stall_s: float) -> None:
         """After a checkpoint was committed; training stood still ``stall_s`` seconds for it."""
@@ -375,13 +397,14 @@ class Reporter:
                 "finished",
                 step=self._state.step,
                 reason=reason,
+                **self._sums(),
                 elapsed_s=round(self._state.elapsed_s, 3),
             )
 
 
 @dataclass(frozen=True)
 class _Interval:
-    """What the updates since the last logged one come to."""
+    """What the steps since the last logged one come to."""
 
     mean_loss: float
     mean_nll: float

@@ -7,6 +7,9 @@ from typing import Any
 
 from trainer.guard import GuardState
 
+# What older checkpoints do not hold.
+_NEWER = ("last_nll", "flops", "joules")
+
 
 @dataclass
 class TrainState:
@@ -19,7 +22,9 @@ class TrainState:
         target_tokens, source_tokens: consumed since the beginning.
         best_nll: of the validation set, nats a target token; ``best_step`` is where.
         stale_validations: validations since the best one.
-        flops: operations of the model since the beginning, forward and backward.
+        last_nll: of the last validation.
+        flops: operations of the model since the beginning, forward and backward; None where they
+            were not counted from there.
         joules: energy taken since the beginning; None where nothing tells.
         guard: what decides which steps are not trained on.
     """
@@ -32,7 +37,8 @@ class TrainState:
     best_nll: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
-    flops: float = 0.0
+    last_nll: float | None = None
+    flops: float | None = 0.0
     joules: float | None = None
     guard: GuardState = field(default_factory=GuardState)
 
@@ -43,8 +49,8 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
         """The inverse of ``to_json``."""
-        # What older checkpoints do not hold begins as in a fresh run.
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        values = {**dict.fromkeys(_NEWER), **values}
+        known = {name: values[name] for name in cls.__dataclass_fields__}
         known["data_hash"] = int(known["data_hash"], 16)
         known["guard"] = GuardState.from_json(known["guard"])
         return cls(**known)
