@@ -36,8 +36,11 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
 ]
 
-# What a CPU has not, or this machine does not tell.
-_ABSENT = {"babelray_gpu_memory_bytes", "babelray_energy_joules_total"}
+# Alerts on speed may begin to wait on a busy machine; none may fire.
+_OF_SPEED = {"BabelrayStraggler", "BabelrayThroughputFell", "BabelrayDataStarvation"}
+
+# What a CPU has not, or a machine may not tell.
+_MAY_BE_ABSENT = {"babelray_gpu_memory_bytes", "babelray_energy_joules_total"}
 
 
 class Prometheus:
@@ -72,10 +75,14 @@ class Prometheus:
         found = self.query(expression)
         return float(found[0]["value"][1]) if found else None
 
-    def alerts(self) -> list[str]:
+    def alerts(self) -> list[dict[str, Any]]:
         answer = requests.get(f"{self._url}/api/v1/alerts", timeout=30).json()
-        alerts = answer["data"]["alerts"]
-        return [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]
+        alerts: list[dict[str, Any]] = answer["data"]["alerts"]
+        return [
+            alert
+            for alert in alerts
+            if alert["state"] == "firing" or alert["labels"]["alertname"] not in _OF_SPEED
+        ]
 
     def is_ready(self) -> bool:
         try:
@@ -175,7 +182,7 @@ def test_prometheus_sees_a_run_through_a_killed_worker_and_its_end(
     for name, metric in names.items():
         series = f"{name}_count" if metric.kind == "histogram" else name
         found = prometheus.query(f'{series}{{run="seen"}}')
-        assert bool(found) == (name not in _ABSENT), name
+        assert found or name in _MAY_BE_ABSENT, name
     value = prometheus.value
     assert value("babelray_world_size") == value("babelray_live_ranks") == 2
     assert value("babelray_target_tokens_total") > value("babelray_samples_total") > 0  # type: ignore[operator]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import tempfile
 import time
 import urllib.error
@@ -39,7 +40,8 @@ def closing() -> Iterator[Callable[[Exporter | Shelf], None]]:
 
 
 def get(port: int, path: str = "/metrics") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
         body: bytes = response.read()
         return body.decode()
 
@@ -120,37 +122,83 @@ def test_what_a_killed_run_left_is_neither_served_nor_kept(
     os.waitpid(pid, 0)
     [left] = exporter.machine_folder(port).glob("gone-*")
     closing(Exporter("127.0.0.1", port))
-    assert "gone" not in get_soon(port)
+    # Its numbers are not served; that it is gone is, for an hour.
+    samples = [line for line in get_soon(port).splitlines() if "gone" in line]
+    assert samples == ['babelray_run_lost{run="gone"} 1.0']
+    again = Shelf(target("gone", port))  # somebody has resumed it
+    assert "run_lost" not in get(port)
+    again.close()
+    assert "run_lost" in get(port)
+    for file in left.iterdir():
+        os.utime(file, (time.time() - 4000,) * 2)
+    assert "gone" not in get(port)
     closing(Shelf(target("next", port)))
     assert not left.exists()
 
 
-def test_a_damaged_file_does_not_hide_the_other_runs(
+def test_a_run_that_has_ended_is_not_looked_for(
     port: int, closing: Callable[[Exporter | Shelf], None]
+) -> None:
+    pid = os.fork()
+    if not pid:
+        with Shelf(target("done", port)).slot() as slot:
+            RunMetrics("done", slot).steps.inc(1)
+            slot.end()
+            os._exit(0)
+    os.waitpid(pid, 0)
+    closing(Exporter("127.0.0.1", port))
+    assert "done" not in get_soon(port)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("ii", 5000, 0) + b"\xff" * 100])
+def test_a_damaged_file_does_not_hide_the_other_runs(
+    port: int, closing: Callable[[Exporter | Shelf], None], content: bytes
 ) -> None:
     good, bad = Shelf(target("good", port)), Shelf(target("bad", port))
     closing(good)
     closing(bad)
-    (bad.folder / "counter_rank0.db").write_bytes(b"\xff" * 100)
+    (bad.folder / "counter_rank0.db").write_bytes(content)
     closing(Exporter("127.0.0.1", port))
     with good.slot() as slot:
         RunMetrics("good", slot).steps.inc(1)
         assert 'babelray_steps_total{run="good"} 1.0' in get_soon(port)
 
 
-def test_who_has_the_port_can_be_told(
+def test_two_servers_of_one_run_add_up(
     port: int, closing: Callable[[Exporter | Shelf], None]
 ) -> None:
+    one, other = Shelf(target("demo", port)), Shelf(target("demo", port))
+    closing(one)
+    closing(other)
+    closing(Exporter("127.0.0.1", port))
+    with one.slot() as a, other.slot() as b:
+        RunMetrics("demo", a).steps.inc(1)
+        RunMetrics("demo", b).steps.inc(2)
+        assert get_soon(port).count("babelray_steps_total{") == 1
+        assert 'babelray_steps_total{run="demo"} 3.0' in get(port)
+
+
+def test_who_has_the_port_can_be_told(
+    port: int,
+    closing: Callable[[Exporter | Shelf], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert not is_served("127.0.0.1", port)
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", port))  # something else: it does not even listen
         assert not is_served("127.0.0.1", port)
     closing(Exporter("0.0.0.0", port))
     get_soon(port, "/healthz")
-    assert is_served("127.0.0.1", port)
     assert is_served("0.0.0.0", port)
+    assert not is_served("127.0.0.1", port)  # who asked for that would be open to the network
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get(port, "/")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    assert not is_served("0.0.0.0", port)  # it looks for runs in another place
 
 
 def test_a_folder_of_somebody_else_is_not_used(
