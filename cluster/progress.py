@@ -15,9 +15,14 @@ from trainer.schedule import progress
 Level = Literal["info", "warning", "error"]
 
 _WARNINGS = frozenset({"worker_failed", "save_failed", "skipped", "rewound", "waiting"})
-# Events whose ``step`` is not where the run stands: a checkpoint is told of when it is committed,
-# steps after the one that it holds.
-_BELATED = frozenset({"checkpoint", "save_failed", "evaluated"})
+# Events whose ``step`` is where the run stands. (A checkpoint is told of when it is committed,
+# steps after the one that it holds.)
+_STANDING = frozenset(
+    {
+        "started", "resumed", "step", "validated", "skipped", "rewound", "handed_over", "recovered",
+        "finished",
+    }
+)  # fmt: skip
 # What an event means for what the run is doing.
 _DOING = {
     "started": "training",
@@ -104,12 +109,13 @@ class Narrator:
     def __init__(self, config: RunConfig, past: Iterable[dict[str, Any]] = ()) -> None:
         self._config = config
         self._time_left = TimeLeft(config.trainer)
-        self._status = Status(max_steps=config.trainer.max_steps)
         self._stale = 0  # validations, or scores, since the best one
+        self.last_step = 0
         for event in past:
             self._count_stale(event)
+            self._follow_step(event)
+        self._status = Status(step=self.last_step, max_steps=config.trainer.max_steps)
         self._restarts, self._down_s = 0, 0.0
-        self.last_step = 0
         self.reason: str | None = None
         self.valid_nll: float | None = None
         self._failure: tuple[str | None, str | None] = None, None
@@ -134,8 +140,7 @@ class Narrator:
     def hear(self, event: dict[str, Any]) -> News:
         """What an event of the run says to a person; events come in the order of the log."""
         kind = str(event.get("event"))
-        if isinstance(event.get("step"), int) and kind in self._tellers and kind not in _BELATED:
-            self.last_step = event["step"]
+        self._follow_step(event)
         self._time_left.hear(event)
         self._count_stale(event)
         self._status = self._status_after(kind, event)
@@ -165,6 +170,10 @@ class Narrator:
             tokens_per_second=event.get("tokens_per_second"),
             left=self._time_left.left(),
         )
+
+    def _follow_step(self, event: dict[str, Any]) -> None:
+        if isinstance(event.get("step"), int) and event.get("event") in _STANDING:
+            self.last_step = event["step"]
 
     def _count_stale(self, event: dict[str, Any]) -> None:
         """As the trainer, or who scores the checkpoints, counts: for ``patience``."""

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import session, targets
 from cluster.failures import explain, failures_path, is_stop, note
+from cluster.hints import runs_flag
+from cluster.history import History
 from cluster.naming import claim, clear, logs_dir, write_config
 from cluster.progress import Narrator, News, Tail
 from cluster.ranks import Task
@@ -141,6 +143,7 @@ def start(
             if not is_stop(fit.error):
                 raise _failed(fit.error, name, run_dir)
             reason = "stopped"
+            note(run_dir, "stopped", step=narrator.last_step)  # no worker could say so
         return Outcome(
             run_dir=run_dir,
             step=narrator.last_step,
@@ -203,9 +206,9 @@ def _lines_to(say: Callable[[str], None]) -> Callable[[News], None]:
 
 
 def _past(config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
-    """What the run logged before, where that decides when it stops."""
+    """What the run logged before: where it stands, and with patience, when it stops."""
     if config.trainer.patience is None:
-        return []
+        return History(run_dir / "events.jsonl").read()
     from trainer.run import read_events
 
     return read_events(run_dir)
@@ -380,4 +383,5 @@ def _failed(error: BaseException, name: str, run_dir: Path) -> RunFailedError:
         f"the run {name} failed: {explain(error)}\n"
         f"  logs: {log.parent} (the whole error is in {log.name})\n"
         f"  go on from its last checkpoint: babelray train --name {name} --resume"
+        f"{runs_flag(run_dir.parent)}"
     )

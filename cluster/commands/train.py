@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cluster.console import LOG_FORMAT_VARIABLE, LOG_FORMATS, LogFormat, errors_told, open_console
+from cluster.hints import runs_flag
 from cluster.options import (
     config_option,
     json_option,
@@ -156,8 +157,9 @@ def train(
     if as_json:
         print_json({"run": name, **dataclasses.asdict(outcome)})
     if outcome.signal is not None:
-        console.say(f"stopped at step {outcome.step}; go on: babelray train --name {name} --resume")
+        go_on = f"babelray train --name {name} --resume{runs_flag(runs)}"
+        console.say(f"stopped at step {outcome.step}; go on: {go_on}")
         raise click.exceptions.Exit(128 + outcome.signal)
     if not as_json:
         click.echo(f"{outcome.run_dir}: finished ({outcome.reason})")
-        console.say(f"next: babelray evaluate {name}")
+        console.say(f"next: babelray evaluate {name}{runs_flag(runs)}")

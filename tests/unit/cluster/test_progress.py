@@ -223,3 +223,17 @@ def test_events_are_json_lines_as_the_trainer_writes_them(tmp_path: Path) -> Non
     (event,) = tail.read()
     assert json.dumps(event)
     assert narrator().line(event) == "step      3  validated: nll 2.0000, perplexity 7.39"
+
+
+def test_a_run_that_goes_on_stands_where_its_log_ends() -> None:
+    past = [
+        {"event": "started", "step": 0},
+        step(50, 5.0),
+        {"event": "checkpoint", "step": 40},  # committed later
+    ]
+    told = Narrator(load_config(None, ()), past)
+    assert told.last_step == 50
+    news = told.hear({"event": "waiting", "room": 0, "needed": 1})
+    assert news.status.step == 50
+    told.hear({"event": "resumed", "step": 40})
+    assert told.last_step == 40
