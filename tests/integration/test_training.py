@@ -242,9 +242,9 @@ def poisoned(config: RunConfig, run_dir: Path, **place: Any) -> str:
     steps = json.loads((run_dir.parent / "poison.json").read_text())
     accumulate, loss_of = Loop._accumulate, Rank.loss
 
-    def note_step(self: Loop, batches: Any, clock_offset_s: float) -> Any:
+    def note_step(self: Loop, batches: Any, *arguments: Any) -> Any:
         self.rank.poisoned = place["rank"] == 1 and batches.step + 1 in steps  # type: ignore[attr-defined]
-        return accumulate(self, batches, clock_offset_s)
+        return accumulate(self, batches, *arguments)
 
     def poison(self: Rank, *batch: Any) -> Any:
         loss, nll = loss_of(self, *batch)
@@ -298,10 +298,10 @@ def held_at_7(config: RunConfig, run_dir: Path, **place: Any) -> str:
 
     accumulate = Loop._accumulate
 
-    def ask(self: Loop, batches: Any, clock_offset_s: float) -> Any:
+    def ask(self: Loop, batches: Any, *arguments: Any) -> Any:
         if batches.step + 1 == 7 and place["rank"] == 0:
             (run_dir / HOLD_FILE).touch()
-        return accumulate(self, batches, clock_offset_s)
+        return accumulate(self, batches, *arguments)
 
     Loop._accumulate = ask  # type: ignore[method-assign]
     try:
