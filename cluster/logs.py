@@ -36,11 +36,14 @@ class Line:
 
 @dataclass
 class Log:
-    """One file from its end on, as it grows; ``reword`` makes a line from what stands there."""
+    """One file from its end on, as it grows.
+
+    ``reword`` makes a line from what stands there, or None, where it is not to be shown.
+    """
 
     file: Path
     label: str
-    reword: Callable[[str], str] = str
+    reword: Callable[[str], str | None] = str
     _offset: int = field(default=0, init=False)
     _inode: int | None = field(default=None, init=False)
     _rest: bytes = field(default=b"", init=False)
@@ -64,15 +67,20 @@ class Log:
             return []
         self._offset += len(content)
         *whole, self._rest = (self._rest + content).split(b"\n")
-        return [self._line(line) for line in whole]
+        return self._lines(whole)
 
     def rest(self) -> list[Line]:
         """A last line that was never ended: its writer is dead."""
         rest, self._rest = self._rest, b""
-        return [self._line(rest)] if rest else []
+        return self._lines([rest]) if rest else []
 
-    def _line(self, line: bytes) -> Line:
+    def _lines(self, lines: Iterable[bytes]) -> list[Line]:
+        return [found for line in lines if (found := self._line(line)) is not None]
+
+    def _line(self, line: bytes) -> Line | None:
         text = self.reword(line.decode("utf-8", errors="replace").rstrip("\r"))
+        if text is None:
+            return None
         if match := _STAMP.match(text):
             self._stamp = match[0]
         return Line(self._stamp, self.label, text)
@@ -129,9 +137,11 @@ def follow(
             time.sleep(_POLL_S)
 
 
-def _failure_in_words(line: str) -> str:
+def _failure_in_words(line: str) -> str | None:
     try:
         event = json.loads(line)
+        if event["event"] == "commanded":
+            return None  # only says where the failures of an earlier command end
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
     except (ValueError, KeyError, TypeError):
         return line

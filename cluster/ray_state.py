@@ -15,6 +15,9 @@ import requests
 
 RUNS_PATH = "/api/train/v2/runs/v1"
 
+# Ray's answer, with advice on its settings, until its actor that keeps the state has started.
+_NOTHING_YET = "Train state data is not available"
+
 _TIMEOUT_S = 5.0
 _DEFAULT_TOKEN_FILE = Path("~/.ray/auth_token")
 
@@ -110,6 +113,8 @@ def train_runs(dashboard_url: str, *, timeout_s: float = _TIMEOUT_S) -> list[Tra
             f"{dashboard_url} {given} ({response.status_code}): set RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH as for the cluster"
         )
+    if response.status_code == 500 and _NOTHING_YET in response.text:
+        return []
     if response.status_code != 200:
         said = " ".join(response.text.split())[:200]
         raise RayStateError(f"{dashboard_url} answers {response.status_code}: {said or 'nothing'}")

@@ -1,8 +1,7 @@
 """How runs stand, told from the files that they leave: quick, and true of dead runs as well.
 
-``summary`` reads the end of a run's log and serves a table of many runs; ``details`` reads all of
-it. Neither imports torch, Ray or the trainer's code, and neither minds a configuration or an event
-of another version.
+``summary`` tells what a table of many runs needs, ``details`` the rest. Neither imports torch, Ray
+or the trainer's code, and neither minds a configuration or an event of another version.
 """
 
 from __future__ import annotations
@@ -10,22 +9,21 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.history import Event, Histories, History
 from cluster.naming import is_claimed, logs_dir
 from cluster.targets import targets_path
 from cluster.time_left import Left, TimeLeft
 from trainer.config import TrainerConfig
 
-# The end of a log that a summary looks at: some thousand events.
+# The end of a rank's log that is looked at for its process.
 _RECENT_BYTES = 1 << 20
 
 _RANK_STARTED = re.compile(r"rank (\d+) of \d+, process (\d+)")
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,13 @@ class Details:
     rank_pids: dict[int, int] = field(default_factory=dict)
 
 
-def summaries(runs: Path) -> list[Summary]:
-    """All runs of a folder: those that are being trained first, then the latest."""
-    found = [summary(folder) for folder in run_folders(runs)]
+def summaries(runs: Path, known: Histories | None = None) -> list[Summary]:
+    """All runs of a folder: those that are being trained first, then the latest.
+
+    Args:
+        known: what was read before; given again at each look, only what is new is read.
+    """
+    found = [summary(folder, known) for folder in run_folders(runs)]
     return sorted(found, key=lambda run: (not run.is_live, -(run.last_event_time or 0.0), run.name))
 
 
@@ -105,15 +107,15 @@ def run_folders(runs: Path) -> list[Path]:
     ]
 
 
-def summary(run_dir: Path, *, now: float | None = None) -> Summary:
-    """How a run stands, from the end of its log."""
-    events = list(_read_lines(run_dir / "events.jsonl", last_bytes=_RECENT_BYTES))
+def summary(run_dir: Path, known: Histories | None = None, *, now: float | None = None) -> Summary:
+    """How a run stands."""
+    events = (known or Histories()).events(run_dir)
     return _summary(run_dir, events, read_failures(run_dir), now or time.time())
 
 
-def details(run_dir: Path, *, num_events: int = 8) -> Details:
+def details(run_dir: Path, known: Histories | None = None, *, num_events: int = 8) -> Details:
     """All about a run; its last ``num_events`` events are those of other kinds than "step"."""
-    events = list(_read_lines(run_dir / "events.jsonl"))
+    events = (known or Histories()).events(run_dir)
     failures = read_failures(run_dir)
     stands = _summary(run_dir, events, failures, time.time())
     checkpoints, where = _checkpoints(run_dir, events)
@@ -135,7 +137,7 @@ def details(run_dir: Path, *, num_events: int = 8) -> Details:
 
 def read_failures(run_dir: Path) -> list[Event]:
     """What went wrong and what was done about it, oldest first."""
-    return list(_read_lines(logs_dir(run_dir) / "failures.jsonl"))
+    return History(logs_dir(run_dir) / "failures.jsonl").read()
 
 
 def scrape_targets(run_dir: Path) -> list[str]:
@@ -152,6 +154,10 @@ def scrape_targets(run_dir: Path) -> list[str]:
 def say_failure(event: Event) -> str:
     """A line of ``failures.jsonl`` in words."""
     kind = event.get("event")
+    if kind == "commanded":
+        return "a command starts the run, or goes on with it"
+    if kind == "stopped":
+        return "stopped while no workers were running"
     if kind == "worker_failed":
         left = event.get("restarts_left")
         message = f"{event.get('message')} [{event.get('cause')}]"
@@ -212,26 +218,29 @@ def _state(
 ) -> tuple[str, str | None]:
     # The lock is written when a command takes the run, and what came before is another command's.
     since = _modified(run_dir / ".lock") if is_live else 0.0
-    turns = [
-        event
-        for event in (
-            _last(events, "started", "resumed", "finished"),
-            _last(failures, "worker_failed", "waiting", "resized"),
-        )
-        if event is not None and _time(event) >= since
-    ]
+    events = [event for event in events if _time(event) >= since]
+    failures = [event for event in failures if _time(event) >= since]
+    found = (
+        # A step without a start tells as much: the machines' clocks may differ.
+        _last(events, "started", "resumed", "finished") or _last(events, "step", "validated"),
+        _last(failures, "commanded", "worker_failed", "waiting", "resized", "stopped"),
+    )
+    turns = [event for event in found if event is not None]
     # Either log is in order, but a note of a failure may be of the same moment as a start.
     turn = max(turns, key=_time, default=None)
     kind = None if turn is None else turn["event"]
     if is_live:
         states = {
             None: "starting",
+            "commanded": "starting",
             "finished": "ending",
+            "stopped": "ending",
             "worker_failed": "restarting",
             "resized": "restarting",
             "waiting": "waiting for machines",
         }
-        return states.get(kind, "training"), say_failure(turn) if turn in failures else None
+        why = say_failure(turn) if turn in failures and kind != "commanded" else None
+        return states.get(kind, "training"), why
     if turn is None:
         return "interrupted", "before its first step"
     if kind == "finished":
@@ -239,7 +248,9 @@ def _state(
         return ("stopped", None) if reason == "stopped" else ("finished", reason)
     if kind == "worker_failed" and turn.get("final"):
         return "failed", str(turn.get("message"))
-    return "interrupted", None
+    if kind == "stopped":
+        return "stopped", None
+    return "interrupted", "while its workers were starting" if kind == "commanded" else None
 
 
 def _left(events: list[Event], trainer: dict[str, Any], now: float) -> Left | None:
@@ -315,13 +326,13 @@ def _rank_pids(run_dir: Path) -> dict[int, int]:
     """The processes that train, as each rank's log last named it."""
     pids = {}
     for file in sorted(logs_dir(run_dir).glob("rank-*.log")):
-        for line in last_bytes(file, _RECENT_BYTES).decode(errors="replace").splitlines():
+        for line in _last_bytes(file, _RECENT_BYTES).decode(errors="replace").splitlines():
             if match := _RANK_STARTED.search(line):
                 pids[int(match[1])] = int(match[2])
     return pids
 
 
-def last_bytes(file: Path, number: int) -> bytes:
+def _last_bytes(file: Path, number: int) -> bytes:
     """The end of a file from the first whole line on, at most ``number`` bytes; none if missing."""
     try:
         with file.open("rb") as stream:
@@ -331,21 +342,6 @@ def last_bytes(file: Path, number: int) -> bytes:
     except FileNotFoundError:
         return b""
     return content.partition(b"\n")[2] if start else content
-
-
-def _read_lines(file: Path, *, last_bytes: int | None = None) -> Iterator[Event]:
-    """The events of a JSON-lines file; lines cut short by a crash are passed over."""
-    for line in _end_of(file, last_bytes).splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            yield event
-
-
-def _end_of(file: Path, number: int | None) -> bytes:
-    return last_bytes(file, number if number is not None else 1 << 62)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

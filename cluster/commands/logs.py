@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from cluster.hints import runs_flag
 from cluster.options import runs_option, say
 from data_shards.errors import UserError
 
@@ -67,13 +68,14 @@ def logs(
     def show(line: reading.Line) -> None:
         click.echo(f"{line.label} | {line.text}" if is_merged else line.text)
 
-    for line in reading.last_lines(found, lines):
+    last = reading.last_lines(found, lines)
+    for line in last:
         show(line)
     if not follow or not is_live:
-        for log in found:
-            for line in log.rest():
-                show(line)
-        if failures and not found[0].file.exists():
+        rest = [line for log in found for line in log.rest()]
+        for line in rest:
+            show(line)
+        if failures and lines and not [*last, *rest]:
             say("no failures so far")
         if follow:
             say(f"the run {run_dir.name} is not being trained; that was its end")
@@ -84,7 +86,8 @@ def logs(
             show(line)
     except KeyboardInterrupt:
         return
-    say(f"the run {run_dir.name} has ended: babelray status {run_dir.name} tells how")
+    where = runs_flag(run_dir.parent)
+    say(f"the run {run_dir.name} has ended: babelray status {run_dir.name}{where} tells how")
 
 
 def _missing(run_dir: Path, rank: int | None) -> str:

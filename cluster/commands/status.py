@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.hints import runs_flag
 from cluster.options import json_option, print_json, runs_option
+from data_shards.errors import UserError
 
 if TYPE_CHECKING:
     from cluster import ray_state
+    from cluster.history import Histories
     from cluster.status import Details, Summary
 
 _REFRESH_S = 2.0
+
+# Columns of the table that a narrow terminal can do without.
+_LEAST_FIRST = (
+    "workers", "epoch", "restarts", "BLEU", "checkpoint", "tokens/s", "loss", "left", "step",
+)  # fmt: skip
+
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -38,10 +48,12 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
       babelray status demo --watch
     """
 
+    from cluster.history import Histories
+
+    known = Histories()
+
     def look() -> tuple[Any, str]:
-        if run is None:
-            return _all_runs(runs)
-        return _one_run(_resolve(run, runs), runs)
+        return _all_runs(runs, known) if run is None else _one_run(_resolve(run, runs), known)
 
     if not watch:
         value, text = look()
@@ -65,21 +77,27 @@ def _resolve(run: str, runs: Path) -> Path:
     return starting if is_claimed(starting) else find_run(run, runs)
 
 
-def _all_runs(runs: Path) -> tuple[Any, str]:
+def _all_runs(runs: Path, known: Histories) -> tuple[Any, str]:
     from cluster.status import summaries
 
-    found = summaries(runs)
+    if not runs.is_dir():
+        raise UserError(
+            f"--runs {runs}: there is no such folder: give the one that holds the runs, or start a "
+            "run with babelray train"
+        )
+    found = summaries(runs, known)
     value = [dataclasses.asdict(run) for run in found]
     if not found:
         return value, f"no runs in {runs}: start one with babelray train"
-    return value, table(found, now=time.time())
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return value, table(found, now=time.time(), width=width)
 
 
-def _one_run(run_dir: Path, runs: Path) -> tuple[Any, str]:
+def _one_run(run_dir: Path, known: Histories) -> tuple[Any, str]:
     from cluster.ray_state import RayStateError, attempts
     from cluster.status import details
 
-    found = details(run_dir)
+    found = details(run_dir, known)
     url, in_ray, problem = found.ray.get("dashboard_url"), None, None
     # The private Ray of a run is gone with it; one of several machines remembers.
     if url and (found.summary.is_live or found.ray.get("is_local") is False):
@@ -90,32 +108,45 @@ def _one_run(run_dir: Path, runs: Path) -> tuple[Any, str]:
     value = dataclasses.asdict(found)
     value["ray_attempts"] = in_ray and [dataclasses.asdict(attempt) for attempt in in_ray]
     value["ray_problem"] = problem
-    return value, page(found, in_ray, problem, runs=runs, now=time.time())
+    return value, page(found, in_ray, problem, now=time.time())
 
 
-def table(runs: Sequence[Summary], *, now: float) -> str:
-    """All runs, one a line."""
-    head = (
-        "run", "state", "step", "epoch", "loss", "BLEU", "tokens/s", "left", "workers",
-        "checkpoint", "restarts",
-    )  # fmt: skip
-    rows = [
-        (
-            run.name,
-            _state(run),
-            _of(run.step, run.max_steps),
-            _number(run.epoch, "d"),
-            _number(run.loss, ".4f"),
-            _number(run.bleu, ".2f"),
-            _number(run.tokens_per_second if run.state == "training" else None, ",.0f"),
-            run.left or "-",
-            _number(run.workers, "d"),
-            "-" if run.checkpoint_time is None else _ago(run.checkpoint_time, now),
-            str(run.restarts),
-        )
-        for run in runs
-    ]
-    return "\n".join(_columns([head, *rows]))
+def table(runs: Sequence[Summary], *, now: float, width: int | None = None) -> str:
+    """All runs, one a line.
+
+    Args:
+        width: of the terminal; what matters least is left out where there is no room for it.
+    """
+    columns = {
+        "run": [run.name for run in runs],
+        "state": [_state(run) for run in runs],
+        "step": [_of(run.step, run.max_steps) for run in runs],
+        "epoch": [_number(run.epoch, "d") for run in runs],
+        "loss": [_number(run.loss, ".4f") for run in runs],
+        "BLEU": [_number(run.bleu, ".2f") for run in runs],
+        "tokens/s": [
+            _number(run.tokens_per_second if run.state == "training" else None, ",.0f")
+            for run in runs
+        ],
+        "left": [run.left or "-" for run in runs],
+        "workers": [_number(run.workers, "d") for run in runs],
+        "checkpoint": [
+            "-" if run.checkpoint_time is None else _ago(run.checkpoint_time, now) for run in runs
+        ],
+        "restarts": [str(run.restarts) for run in runs],
+    }
+    least_first = list(_LEAST_FIRST)
+    while True:
+        rows = [tuple(columns), *zip(*columns.values(), strict=True)]
+        lines = _columns(rows)
+        if width is None or not least_first or max(map(len, lines)) <= width:
+            break
+        del columns[least_first.pop(0)]
+    return "\n".join(line if width is None else _cut(line, width) for line in lines)
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: max(1, width) - 1] + "…"
 
 
 def page(
@@ -123,7 +154,6 @@ def page(
     in_ray: Sequence[ray_state.Attempt] | None,
     problem: str | None,
     *,
-    runs: Path,
     now: float,
 ) -> str:
     """All about one run."""
@@ -137,7 +167,7 @@ def page(
     lines += _section(
         "last events", [f"{_time(e.get('time'))}  {_event(e)}" for e in found.last_events]
     )
-    return "\n".join([*lines, "", *_what_next(found, runs)])
+    return "\n".join([*lines, "", *_what_next(found)])
 
 
 def _facts(found: Details, now: float) -> list[str]:
@@ -216,22 +246,26 @@ def _workers(
     ]
 
 
-def _what_next(found: Details, runs: Path) -> list[str]:
-    run = found.summary
-    where = "" if runs == Path("runs") else f" --runs {runs}"
+def _what_next(found: Details) -> list[str]:
+    run, where = found.summary, runs_flag(found.run_dir.parent)
     if run.state == "finished":
         return [f"next: babelray evaluate {run.name}{where}"]
     if not run.is_live:
         # A message of a failure says what to mend; it stands above.
+        go_on = (
+            "go on from the last checkpoint"
+            if found.checkpoints
+            else "start it again, from its beginning"
+        )
         return [
             f"logs: babelray logs {run.name}{where}",
-            f"go on from the last checkpoint: babelray train --name {run.name} --resume{where}",
+            f"{go_on}: babelray train --name {run.name} --resume{where}",
         ]
     return [f"logs: babelray logs {run.name} --follow{where}"]
 
 
 def _event(event: dict[str, Any]) -> str:
-    if event["event"] in {"worker_failed", "waiting", "resized"}:
+    if event["event"] in {"commanded", "worker_failed", "waiting", "resized", "stopped"}:
         return _in_words(event)
     skip = {"event", "time", "pairs", "lanes", "data_hash", "machine", "versions"}
     values = (

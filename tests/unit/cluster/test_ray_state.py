@@ -105,7 +105,7 @@ def test_attempts_of_a_controller_that_was_replaced_come_first() -> None:
     ("status", "body", "says"),
     [
         (401, "Unauthorized", "wants a token"),
-        (500, "Train state data is not available.\nPlease", "answers 500: Train state data is not"),
+        (500, "Traceback\nKeyError: 'x'", "answers 500: Traceback KeyError"),
         (503, "", "answers 503: nothing"),
         (302, "", "answers 302"),
         (200, "<html>", "something else"),
@@ -122,6 +122,18 @@ def test_a_refusal_is_said_in_one_line(status: int, body: str, says: str) -> Non
         assert url in str(caught.value)
         assert "\n" not in str(caught.value)
         assert len(asked) == 1
+
+
+def test_ray_knows_no_run_until_its_keeper_of_their_state_has_started() -> None:
+    # Of Ray 2.60.0: an actor that the first run starts, and Ray's advice is of no use until then.
+    advice = (
+        "Train state data is not available. Please make sure Ray Train is running and that the "
+        "Train state actor is enabled by setting the RAY_TRAIN_ENABLE_STATE_TRACKING environment "
+        'variable to "1".'
+    )
+    with answering(500, advice) as (url, _):
+        assert train_runs(url) == []
+        assert attempts(url, Path("/srv/runs/look")) == ()
 
 
 def test_a_silent_server_costs_no_more_than_the_timeout() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from cluster import logs, ray_state
+from cluster import history, logs, ray_state
 from cluster.cli import cli
+from cluster.commands.status import table
 from cluster.failures import note
 from cluster.naming import claim
 from cluster.status import details, say_failure, summaries, summary
@@ -185,14 +186,139 @@ def test_files_of_another_version_or_cut_short_are_no_reason_to_fail(tmp_path: P
     assert babelray("status", "demo", "--runs", tmp_path).exit_code == 0
 
 
-def test_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
+# A long log: 40,000 steps of 700 bytes since the start, the checkpoint far back.
+LONG_STEP = 400_000
+
+
+@pytest.fixture(scope="module")
+def long_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = make_run(tmp_path_factory.mktemp("runs"), max_steps=2 * LONG_STEP)
+    early = event("checkpoint", 1000, step=1000)
+    log(run_dir, START, *steps(10, 1000, at=1, pace_s=1), early)
+    for first in range(1010, LONG_STEP, 99_000):
+        last = min(first + 98_999, LONG_STEP)
+        some = steps(first, last, at=first, pace_s=1)
+        log(run_dir, *({**step, "phases": "x" * 500} for step in some))
+    return run_dir
+
+
+def test_a_long_run_that_is_well_trains(long_log: Path) -> None:
+    now = NOW + LONG_STEP
+    with held(long_log):
+        began = time.process_time()
+        found = summary(long_log, now=now)
+        took_s = time.process_time() - began
+    assert (found.state, found.step) == ("training", LONG_STEP)
+    assert found.tokens_per_second == 1234.5
+    assert found.seconds_left == pytest.approx(LONG_STEP, rel=0.01)
+    assert found.checkpoint_time == NOW + 1000
+    assert took_s < 0.3  # parsing it all takes twice as long
+    assert summary(long_log).state == "interrupted"
+    assert details(long_log).attempts[0].to_step == LONG_STEP
+
+
+def test_a_long_run_that_failed_says_why(long_log: Path) -> None:
+    file = long_log / FAILURES
+    try:
+        log(long_log, failed(LONG_STEP + 1, final=True), file=FAILURES)
+        found = details(long_log)
+    finally:
+        file.unlink()
+    assert (found.summary.state, found.summary.why) == ("failed", "rank 1 died")
+    assert found.attempts[0].end == "killed: rank 1 died"
+
+
+def test_a_history_takes_up_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_NUM_RECENT", 3)
     run_dir = make_run(tmp_path)
-    log(run_dir, START, *(event("note", i, text="x" * 1000) for i in range(2000)))
-    log(run_dir, *steps(10, 50, at=5))
-    began = time.perf_counter()
-    assert summary(run_dir).step == 50
-    assert time.perf_counter() - began < 0.5
-    assert details(run_dir).attempts[0].to_step == 50
+    file = run_dir / "events.jsonl"
+    known = history.History(file)
+    assert known.read() == []
+    log(run_dir, START, *steps(10, 60, at=1), event("validated", 50, step=60))
+    with file.open("a") as stream:
+        stream.write('{"event": "step", "st')
+    told = [(e["event"], e["step"]) for e in known.read()]
+    assert told == [("started", 0), ("step", 50), ("step", 60), ("validated", 60)]
+    with file.open("a") as stream:
+        stream.write('ep": 70}\nbroken\n')
+    log(run_dir, *steps(80, 100, at=70))
+    told = [(e["event"], e["step"]) for e in known.read()]
+    assert told == [
+        ("started", 0), ("step", 60), ("validated", 60),
+        ("step", 70),  # the last before a line that is no step
+        ("step", 80), ("step", 90), ("step", 100),
+    ]  # fmt: skip
+    file.unlink()
+    assert known.read() == []
+    log(run_dir, START)
+    assert known.read() == [START]  # begun anew
+
+
+def test_watching_reads_only_what_is_new(long_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took_s: list[float] = []
+    began = time.process_time()
+
+    def sleep(seconds: float) -> None:
+        nonlocal began
+        took_s.append(time.process_time() - began)
+        if len(took_s) == 3:
+            raise KeyboardInterrupt
+        began = time.process_time()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    result = babelray("status", "demo", "--runs", long_log.parent, "--watch")
+    assert result.stdout.count("steps 0 to 400000") == 3
+    assert max(took_s[1:]) < 0.1
+
+
+def test_steps_without_a_start_are_training(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    # The clock of the machine that trains was behind when it started.
+    log(run_dir, event("started", -3, step=0), *steps(10, 50, at=2))
+    with held(run_dir):
+        assert summary(run_dir, now=NOW + 30).state == "training"
+
+
+def test_a_command_that_only_starts(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    log(run_dir, START, *steps(10, 50, at=-50))
+    log(run_dir, failed(-20), event("commanded", 1), file=FAILURES)
+    with held(run_dir):
+        assert summary(run_dir).state == "starting"
+        assert summary(run_dir).why is None
+        page = babelray("status", "demo", "--runs", tmp_path).stdout
+    assert "a command starts the run, or goes on with it" in page
+    found = summary(run_dir)
+    assert (found.state, found.why) == ("interrupted", "while its workers were starting")
+    log(run_dir, event("stopped", 2, step=50), file=FAILURES)
+    found = summary(run_dir)
+    assert (found.state, found.why, found.step) == ("stopped", None, 50)
+
+
+def test_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    page = babelray("status", "demo", "--runs", tmp_path).stdout
+    assert "none yet" in page
+    assert "last checkpoint" not in page
+    again = (
+        f"start it again, from its beginning: babelray train --name demo --resume --runs {tmp_path}"
+    )
+    assert again in page
+
+
+def test_a_narrow_terminal_gets_what_matters_most(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "demo-with-a-rather-long-name")
+    log(run_dir, START, *steps(10, 500, at=1), event("finished", 9, step=500, reason="max_steps"))
+    found = summaries(tmp_path)
+    whole = table(found, now=NOW)
+    assert table(found, now=NOW, width=200) == whole
+    for width in (100, 80, 60, 40, 10):
+        lines = table(found, now=NOW, width=width).splitlines()
+        assert len(lines) == 2
+        assert max(map(len, lines)) <= width
+    head, row = table(found, now=NOW, width=80).splitlines()
+    assert head.split() == ["run", "state", "step", "loss", "left"]
+    assert row.endswith("500 of 1,000  4.5000     -")
 
 
 def test_details_tell_the_attempts_and_how_each_ended(tmp_path: Path) -> None:
@@ -253,6 +379,9 @@ def test_no_runs_and_a_wrong_name(tmp_path: Path) -> None:
     assert "no runs in" in result.stdout
     assert babelray("status", "--runs", tmp_path, "--json").stdout == "[]\n"
     make_run(tmp_path)
+    result = babelray("status", "--runs", tmp_path / "typo")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "there is no such folder" in result.stderr
     result = babelray("status", "dem", "--runs", tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "did you mean demo?" in result.stderr
@@ -365,6 +494,14 @@ def test_no_failures_is_no_mistake(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no failures so far" in result.stderr
     assert babelray("logs", "demo", "--runs", tmp_path).exit_code == 2
+    note(tmp_path / "demo", "commanded")
+    result = babelray("logs", "demo", "--runs", tmp_path, "--failures")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no failures so far" in result.stderr
+    note(tmp_path / "demo", "stopped", step=20)
+    result = babelray("logs", "demo", "--runs", tmp_path, "--failures")
+    assert result.stdout.endswith("  stopped while no workers were running\n")
+    assert result.stderr == ""
 
 
 def test_following_goes_on_over_restarts_and_ends_with_the_run(
