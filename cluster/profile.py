@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import status
+from cluster.hints import runs_flag
+from cluster.history import Histories
 from cluster.naming import is_claimed
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import RunConfig
@@ -114,9 +116,17 @@ def settle(run_dir: Path, steps: Steps) -> tuple[Steps, status.Summary]:
     """
     stands = status.summary(run_dir)
     if not is_claimed(run_dir):
+        go_on = f"babelray train --name {run_dir.name} --resume"
+        where = runs_flag(run_dir.parent)
+        if stands.state == "finished":
+            raise UserError(
+                f"the run {run_dir.name} has finished ({stands.why}, step {stands.step}): profile "
+                f"a new run with --config, or give it more steps ({go_on} --set "
+                f"trainer.max_steps=N{where}) and profile those"
+            )
         raise UserError(
-            f"the run {run_dir.name} is not training: go on with it (babelray train --name "
-            f"{run_dir.name} --resume), or profile a new run with --config"
+            f"the run {run_dir.name} is not training: go on with it ({go_on}{where}), or profile a "
+            "new run with --config"
         )
     if (run_dir / PROFILE_FILE).exists():
         raise UserError(
@@ -154,6 +164,7 @@ def wait(run_dir: Path, request: ProfileRequest, say: Say) -> Path:
     Raises:
         RunFailedError: the run ended before, or the ranks said nothing.
     """
+    known = Histories()
     folder: Path | None = None
     told: int | None = None
     answered_at: float | None = None
@@ -173,7 +184,7 @@ def wait(run_dir: Path, request: ProfileRequest, say: Say) -> Path:
         late = answered_at is not None and time.monotonic() - answered_at > patience_s
         if not lives or late:
             raise RunFailedError(_unanswered(run_dir, request, folder, lives=lives))
-        if folder is None and (step := status.summary(run_dir).step) != told:
+        if folder is None and (step := status.summary(run_dir, known).step) != told:
             say(f"step {step}: waiting for step {request.first}")
             told = step
         time.sleep(_POLL_S)
@@ -339,7 +350,7 @@ def _unanswered(run_dir: Path, request: ProfileRequest, folder: Path | None, *, 
     if not lives and folder is None:
         return (
             f"the run {run_dir.name} ended before step {request.first}: ask for earlier steps, or "
-            f"look why it ended: babelray status {run_dir.name}"
+            f"look why it ended: babelray status {run_dir.name}{runs_flag(run_dir.parent)}"
         )
     if folder is None:
         return f"the run {run_dir.name} did not take the request: see {logs}"

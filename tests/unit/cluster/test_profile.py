@@ -112,6 +112,21 @@ def test_a_run_that_does_not_train_is_refused(run_dir: Path) -> None:
         asking.settle(run_dir, Steps(30, 31))
 
 
+def test_a_run_that_does_not_train_is_gone_on_with_where_it_lies(run_dir: Path) -> None:
+    with pytest.raises(UserError, match=f"--name demo --resume --runs {run_dir.parent}"):
+        asking.settle(run_dir, Steps(30, 31))
+
+
+def test_a_finished_run_has_no_steps_to_profile(run_dir: Path) -> None:
+    write_event(run_dir, event="finished", step=20, reason="max_steps")
+    with pytest.raises(UserError) as caught:
+        asking.settle(run_dir, Steps(30, 31))
+    assert "the run demo has finished (max_steps, step 20)" in str(caught.value)
+    more = f"babelray train --name demo --resume --set trainer.max_steps=N --runs {run_dir.parent}"
+    assert more in str(caught.value)
+    assert "--config" in str(caught.value)
+
+
 def test_one_profile_at_a_time(training: Path) -> None:
     ProfileRequest(50, 51).write(training)
     with pytest.raises(UserError, match="profiled already"):
