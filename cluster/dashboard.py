@@ -23,6 +23,7 @@ from cluster.dashboard_config import Written, targets_pattern
 from cluster.naming import is_claimed
 from cluster.session import LOOPBACK
 from cluster.status import run_folders, scrape_targets
+from cluster.targets import targets_dir
 from data_shards.errors import RunFailedError, UserError
 
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
@@ -81,6 +82,27 @@ def live_runs(runs: Path) -> list[LiveRun]:
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class LeftTarget:
+    """The file of targets that a run left which nothing trains: Prometheus finds nobody there.
+
+    ``is_run`` is whether the run's folder is still there, so that the run can go on.
+    """
+
+    name: str
+    file: str
+    is_run: bool
+
+
+def left_targets(runs: Path) -> list[LeftTarget]:
+    """The files of runs under ``runs`` that failed, or whose command was killed."""
+    return [
+        LeftTarget(file.stem, str(file), (runs / file.stem / "config.json").is_file())
+        for file in sorted(targets_dir(runs).glob("*.json"))
+        if not is_claimed(runs / file.stem)
+    ]
 
 
 def ray_environment(*, prometheus_port: int, grafana_port: int) -> dict[str, str]:

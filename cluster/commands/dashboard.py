@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.hints import runs_flag
 from cluster.options import print_json, runs_option, say
 from data_shards.errors import RunFailedError
 
 if TYPE_CHECKING:
-    from cluster.dashboard import LiveRun
+    from cluster.dashboard import LeftTarget, LiveRun
 
 _POLL_S = 0.5
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -98,15 +100,20 @@ def dashboard(
             "Grafana", watching.find_grafana(), grafana_port, watching.grafana_at(grafana_port)
         ),
     )
-    live = watching.live_runs(runs)
+    live, left = watching.live_runs(runs), watching.left_targets(runs)
     environment = watching.ray_environment(prometheus_port=port, grafana_port=grafana_port)
     if as_json:
-        value: dict[str, Any] = {"runs": [dataclasses.asdict(run) for run in live]}
+        value: dict[str, Any] = {
+            "runs": [dataclasses.asdict(run) for run in live],
+            "left_targets": [dataclasses.asdict(target) for target in left],
+        }
         for program in programs:
             value[program.name.lower()] = {**dataclasses.asdict(program), "url": program.url}
         print_json({**value, "ray_environment": environment})
         return
     _show(live, runs)
+    for target in left:
+        say(_left(target, runs))
     _start(programs, runs, environment)
 
 
@@ -132,6 +139,20 @@ def _show(live: Sequence[LiveRun], runs: Path) -> None:
         click.echo(f"  Ray dashboard  {run.dashboard_url or 'not known yet'}")
         targets = [f"http://{target}/metrics" for target in run.targets]
         click.echo(f"  metrics        {', '.join(targets) or 'not served (yet)'}")
+
+
+def _left(target: LeftTarget, runs: Path) -> str:
+    remove = f"rm {shlex.quote(target.file)}"
+    if not target.is_run:
+        return (
+            f"{target.name} is gone, but its file of targets is not: Prometheus alerts that nobody "
+            f"answers there until: {remove}"
+        )
+    return (
+        f"{target.name} is not being trained (it failed, or its command was killed): Prometheus "
+        "alerts that nobody answers there until it goes on (babelray train --name "
+        f"{target.name} --resume{runs_flag(runs)}) or is given up ({remove})"
+    )
 
 
 def _start(programs: tuple[_Program, _Program], runs: Path, environment: dict[str, str]) -> None:

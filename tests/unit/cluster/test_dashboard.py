@@ -114,6 +114,29 @@ def test_live_runs_alone_are_shown(live: Path) -> None:
     assert not (live / ".prometheus" / "config").exists()  # it started and wrote nothing
 
 
+def test_what_dead_runs_left_is_said_and_how_it_ends(
+    live: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(live))  # nothing to start
+    for name in ("dead", "gone"):
+        (live / ".prometheus" / f"{name}.json").write_text('[{"targets": ["127.0.0.1:9411"]}]')
+    ports = "--port", free_port(), "--grafana-port", free_port()
+    result = babelray("dashboard", "--runs", live, *ports)
+    assert result.exit_code == 0, result.output
+    assert "9411" not in result.stdout
+    dead, gone = (
+        next(line for line in result.stderr.splitlines() if line.startswith(name))
+        for name in ("dead", "gone")
+    )
+    assert f"babelray train --name dead --resume --runs {live}" in dead
+    assert f"rm {live}/.prometheus/dead.json" in dead
+    assert f"rm {live}/.prometheus/gone.json" in gone
+    assert "--resume" not in gone
+    assert not any(line.startswith("live") for line in result.stderr.splitlines())
+    value = json.loads(babelray("dashboard", "--runs", live, "--json", *ports).stdout)
+    assert [target["name"] for target in value["left_targets"]] == ["dead", "gone"]
+
+
 def test_the_usual_ports_need_no_environment_but_the_panels() -> None:
     found = dashboard.ray_environment(prometheus_port=9090, grafana_port=3000)
     assert found == {"RAY_GRAFANA_DATA_DASHBOARD_UID": "babelray-run"}
