@@ -52,10 +52,18 @@ def since(name: str) -> str:
     """Seconds since a time of the run, or since its command began if that is later.
 
     Before the first event its time is 0 or not there, and after a resume it may be an old one: then
-    the beginning is what counts.
+    the beginning is what counts. A machine that is lost takes the time along: so six hours back.
     """
-    began = babelray("run_started_timestamp_seconds")
-    return f"time() - max by (run) (({babelray(name)} > {began}) or {began})"
+    began = newest("run_started_timestamp_seconds")
+    last = f"max by (run) (max_over_time({babelray(name)}[6h]))"
+    return f"time() - (({last} > {began}) or {began})"
+
+
+def of_latest(name: str, time: str) -> str:
+    """A gauge that outlives its rank, of the machine where ``time``, which does too, is latest."""
+    when = babelray(time)
+    latest = f"{when} == on (run) group_left () max by (run) ({when})"
+    return f"max by (run) ({babelray(name)} and on (run, instance) ({latest}))"
 
 
 def share_of_step(phase: str, by: str = "run", window: str = WINDOW) -> str:
@@ -68,19 +76,20 @@ def share_of_step(phase: str, by: str = "run", window: str = WINDOW) -> str:
 SINCE_STEP = since("last_step_timestamp_seconds")
 SINCE_CHECKPOINT = since("last_checkpoint_timestamp_seconds")
 
-# Steps that a failure now would cost, and the same in intervals between checkpoints. No more than
-# the steps made since the command began: a resumed run has committed none itself yet.
-_UNCOMMITTED = f"({newest('position_steps')} - {newest('last_checkpoint_step')})"
-_MADE = f"sum by (run) ({babelray('steps_total')})"
-STEPS_AT_RISK = f"({_UNCOMMITTED} <= {_MADE} or {_MADE} < {_UNCOMMITTED})"
+# Steps that a failure now would cost, and the same in intervals between checkpoints.
+STEPS_AT_RISK = f"({newest('position_steps')} - {newest('last_checkpoint_step')})"
 INTERVALS_AT_RISK = f"{STEPS_AT_RISK} / {newest('checkpoint_interval_steps')}"
 
 # The worst that holds, as a number: what HEALTH_STATES says. The same limits as in alerts.yaml.
 _LOSS = babelray("loss_nats")
+_VALIDATES = f"({newest('validating')} == 1)"
+_STANDS = f"(({SINCE_STEP} > 600 unless on (run) {_VALIDATES}) or {SINCE_STEP} > 3600)"
 HEALTH = (
-    f"(({SINCE_STEP} > 600) * 0 + 3)"
+    f"(({newest('run_lost')} unless on (run) {newest('run_started_timestamp_seconds')}) * 0 + 5)"
+    f" or on (run) ({_STANDS} * 0 + 3)"
     f" or on (run) (count by (run) (({_LOSS} != {_LOSS}) or (abs({_LOSS}) == +Inf)) * 0 + 2)"
     f" or on (run) ((({INTERVALS_AT_RISK} > 2) and on (run) ({SINCE_CHECKPOINT} > 900)) * 0 + 1)"
+    f" or on (run) ({_VALIDATES} * 0 + 4)"
     f" or on (run) ({SINCE_STEP}) * 0"
 )
 HEALTH_STATES = (
@@ -88,4 +97,6 @@ HEALTH_STATES = (
     (1, "checkpoint late", "orange"),
     (2, "loss not finite", "red"),
     (3, "no step", "red"),
+    (4, "validating", "blue"),
+    (5, "lost", "red"),
 )

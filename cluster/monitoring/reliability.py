@@ -72,7 +72,7 @@ def _glance() -> Row:
             number(
                 "Size of a checkpoint",
                 "The last committed one.",
-                q.newest("last_checkpoint_size_bytes"),
+                q.of_latest("last_checkpoint_size_bytes", "last_checkpoint_timestamp_seconds"),
                 "bytes",
                 decimals=1,
             ),

@@ -42,8 +42,9 @@ def _glance() -> Row:
         [
             number(
                 "Health",
-                "The worst of: no step for ten minutes, a loss that is not a number, no checkpoint "
-                "in two intervals and 15 minutes.",
+                "The worst of: gone without having ended (told by another run on its machine), no "
+                "step for ten minutes and no validation, a loss that is not a number, no "
+                "checkpoint in two intervals and 15 minutes.",
                 q.HEALTH,
                 "short",
                 states=q.HEALTH_STATES,
@@ -80,7 +81,7 @@ def _glance() -> Row:
             ),
             number(
                 "Since last step",
-                "Time since the last step; ten minutes wake somebody.",
+                "Time since the last step; ten minutes wake somebody, while validating an hour.",
                 q.SINCE_STEP,
                 "s",
                 steps=AGE,

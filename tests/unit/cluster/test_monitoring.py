@@ -63,7 +63,8 @@ def known() -> dict[str, set[str]]:
             labels[f"{metric.name}_bucket"] = ours | {"le"}
         else:
             labels[metric.name] = ours
-    labels |= {name: {"run"} for name in RECORDED}
+    # As their names say, which are level:metric:operation.
+    labels |= {name: set(name.split(":")[0].split("_")) for name in RECORDED}
     return labels
 
 
@@ -86,6 +87,22 @@ def selectors(expr: promql.Expr) -> list[promql.VectorSelector]:
     return [node for node in nodes(expr) if isinstance(node, promql.VectorSelector)]
 
 
+def labelled(expr: promql.Expr) -> list[promql.VectorSelector]:
+    """The selectors whose labels the result has, not those that it is only matched with."""
+    sides = {"lhs": expr.lhs, "rhs": expr.rhs} if isinstance(expr, promql.BinaryExpr) else {}
+    if sides:
+        card = str(expr.modifier.card) if expr.modifier else ""
+        if str(expr.op) in {"and", "unless"} or card.endswith("ManyToOne"):
+            del sides["rhs"]
+        elif card.endswith("OneToMany"):
+            del sides["lhs"]
+        return [selector for side in sides.values() for selector in labelled(side)]
+    inner = getattr(expr, "expr", None)
+    if inner is not None and not isinstance(expr, promql.VectorSelector):
+        return labelled(inner)
+    return selectors(expr)
+
+
 def check(text: str) -> set[str]:
     """Parse a query and hold it against the metrics that there are.
 
@@ -104,7 +121,7 @@ def check(text: str) -> set[str]:
         if not isinstance(node, promql.AggregateExpr) or node.modifier is None:
             continue
         kept = set(node.modifier.labels)
-        for name in {selector.name for selector in selectors(node)}:
+        for name in {selector.name for selector in labelled(node.expr)}:
             assert kept <= KNOWN[name], f"by ({kept - KNOWN[name]}) of {name}: {text}"
     return found
 
@@ -124,6 +141,7 @@ def test_the_checker_finds_what_is_wrong():
         "1 - sum by (rank) (babelray_world_size) / 2",
         "clamp_min(max by (run) (babelray_loss), 0)",
         "histogram_quantile(0.5, sum by (le, rank) (rate(babelray_step_seconds_bucket[5m])))",
+        "max by (run) (up == on (instance) group_right () up)",
     ):
         with pytest.raises(AssertionError):
             check(wrong)
