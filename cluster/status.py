@@ -171,7 +171,9 @@ def say_failure(event: Event) -> str:
         )
     if kind == "resized":
         planned = "planned" if event.get("planned") else "after a failure"
-        return f"going on with {event.get('to')} workers instead of {event.get('from')} ({planned})"
+        number = event.get("to")
+        workers = f"{number} worker{'' if number == 1 else 's'}"
+        return f"going on with {workers} instead of {event.get('from')} ({planned})"
     rest = {key: value for key, value in event.items() if key not in {"event", "time"}}
     return f"{kind}: {json.dumps(rest)}"
 

@@ -207,11 +207,12 @@ def _checkpoints(found: Details, now: float) -> str:
 
 
 def _attempt(number: int, attempt: Any) -> str:
-    workers = "?" if attempt.workers is None else attempt.workers
+    number_of = "?" if attempt.workers is None else attempt.workers
+    workers = f"{number_of} worker{'' if attempt.workers == 1 else 's'}"
     ended = "running" if attempt.end is None else attempt.end
     lasted = f" after {_clock(attempt.ended - attempt.started)}" if attempt.ended else ""
     return (
-        f"{number + 1}  {_time(attempt.started)}  {workers} workers"
+        f"{number + 1}  {_time(attempt.started)}  {workers}"
         f"  steps {attempt.from_step} to {attempt.to_step}  {ended}{lasted}"
     )
 
@@ -267,7 +268,10 @@ def _what_next(found: Details) -> list[str]:
 def _event(event: dict[str, Any]) -> str:
     if event["event"] in {"commanded", "worker_failed", "waiting", "resized", "stopped"}:
         return _in_words(event)
-    skip = {"event", "time", "pairs", "lanes", "data_hash", "machine", "versions"}
+    skip = {
+        "event", "time", "attempt", "failures_seen", "pairs", "lanes", "data_hash", "machine",
+        "versions",
+    }  # fmt: skip
     values = (
         f"{key} {_plain(value)}"
         for key, value in event.items()

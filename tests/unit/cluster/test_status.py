@@ -440,7 +440,7 @@ def test_a_ray_that_does_not_answer_is_said_so(
         (failed(0), "rank 1 died [killed]; restarting, 2 more borne"),
         (failed(0, final=True), "rank 1 died [killed]; the run ended"),
         (event("waiting", 0, room=1, needed=2), "room for 1 of at least 2"),
-        (event("resized", 0, to=1, **{"from": 2}), "1 workers instead of 2 (after a failure)"),
+        (event("resized", 0, to=1, **{"from": 2}), "1 worker instead of 2 (after a failure)"),
         (event("unheard of", 0, number=3), 'unheard of: {"number": 3}'),
     ],
 )
