@@ -16,6 +16,7 @@ import yaml
 from cluster.monitoring import catalogue
 from cluster.monitoring.__main__ import DRAWN, render
 from cluster.monitoring.panels import RAY_NODES_ID, RAY_UTILIZATION_ID
+from cluster.monitoring.promql import HEALTH_STATES
 from trainer import metrics
 
 RULES = yaml.safe_load((catalogue.MONITORING / "alerts.yaml").read_text(encoding="utf-8"))
@@ -345,6 +346,57 @@ def test_promtool_finds_nothing_wrong_with_the_rules():
 
 def test_every_alert_fires_on_its_fault_and_none_on_a_healthy_run():
     ended = promtool("test", "rules", "alerts_test.yaml")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_panels_outlive_the_machine_of_the_first_rank(tmp_path):
+    """Two hours on one, which dies; the other makes steps from 136 minutes on."""
+    values = {
+        ("run_started_timestamp_seconds", "r", "a:1"): "0x120 stale",
+        ("run_started_timestamp_seconds", "r", "b:1"): "0x220",
+        ("last_step_timestamp_seconds", "r", "a:1"): "0+60x120 stale",
+        ("last_step_timestamp_seconds", "r", "b:1"): "0x135 8160+60x80",
+        ("run_started_timestamp_seconds", "validates", "b:1"): "0x220",
+        ("last_step_timestamp_seconds", "validates", "b:1"): "0+60x60 3600x160",
+        ("validating", "validates", "b:1"): "0x60 1x160",
+        ("run_lost", "lost", "b:1"): "_x100 1x50",
+        # Its first rank has moved; the old machine keeps what it said last.
+        ("last_checkpoint_timestamp_seconds", "moved", "a:1"): "60x220",
+        ("last_checkpoint_timestamp_seconds", "moved", "b:1"): "7800x220",
+        ("last_checkpoint_size_bytes", "moved", "a:1"): "500x220",
+        ("last_checkpoint_size_bytes", "moved", "b:1"): "300x220",
+    }
+    code = {text: number for number, text, _ in HEALTH_STATES}
+    expected = [
+        ("Since last step", 125, {"r": 300, "validates": 3900}),
+        ("Health", 115, {"r": "healthy", "validates": "validating", "lost": "lost"}),
+        ("Health", 125, {"r": "healthy", "validates": "no step", "lost": "lost"}),
+        ("Health", 132, {"r": "no step", "validates": "no step", "lost": "lost"}),
+        ("Health", 140, {"r": "healthy", "validates": "no step", "lost": "lost"}),
+        ("Size of a checkpoint", 5, {"moved": 300}),
+    ]
+    queries = {query.panel: query.filled(run=".+") for query in EXPRESSIONS}
+    case = {
+        "interval": "1m",
+        "input_series": [
+            {"series": f'babelray_{name}{{run="{run}",instance="{instance}"}}', "values": text}
+            for (name, run, instance), text in values.items()
+        ],
+        "promql_expr_test": [
+            {
+                "expr": queries[panel],
+                "eval_time": f"{minute}m",
+                "exp_samples": [
+                    {"labels": f'{{run="{run}"}}', "value": code.get(value, value)}
+                    for run, value in found.items()
+                ],
+            }
+            for panel, minute, found in expected
+        ],
+    }
+    file = tmp_path / "panels_test.yaml"
+    file.write_text(yaml.safe_dump({"tests": [case]}), encoding="utf-8")
+    ended = promtool("test", "rules", str(file))
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
