@@ -68,7 +68,7 @@ class Shelf:
     def __init__(self, target: Target) -> None:
         machine = machine_folder(target.port)
         with _alone(machine):
-            _sweep(machine)
+            _sweep(machine, target.run)
             self.folder = Path(tempfile.mkdtemp(dir=machine, prefix=f"{target.run}-"))
             # The folder itself is locked: what cleans temporary files up spares it then, too.
             self._lock: int | None = os.open(self.folder, os.O_RDONLY)
@@ -141,6 +141,16 @@ class Exporter:
         """Give the port up."""
         self._closed.set()
         self._thread.join()
+
+
+def end_run(run: str, port: int) -> None:
+    """Say that a run of this machine was ended on purpose, though its ranks could not."""
+    try:
+        for file in machine_folder(port).glob(f"*/{_NAME}"):
+            if _name(file) == run:
+                (file.parent / ENDED).touch()
+    except (OSError, RunFailedError) as error:
+        log.warning("the end of %s is not noted: %s", run, error)
 
 
 def machine_folder(port: int) -> Path:
@@ -285,10 +295,12 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
-def _sweep(machine: Path) -> None:
-    """Remove what runs that were killed have left."""
+def _sweep(machine: Path, run: str) -> None:
+    """Remove what nobody needs to hear of any more: this run is there again."""
     for folder in machine.iterdir():
-        if folder.is_dir() and not _is_held(folder) and _is_done(folder):
+        if not folder.is_dir() or _is_held(folder):
+            continue
+        if _is_done(folder) or _name(folder / _NAME) == run:
             shutil.rmtree(folder, ignore_errors=True)
 
 

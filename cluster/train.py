@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster import session, targets
+from cluster.exporter import end_run
 from cluster.failures import explain, failures_path, is_stop, note
 from cluster.hints import runs_flag
 from cluster.history import History
@@ -134,7 +135,10 @@ def start(
             scorer = _scorer(config, run_dir, say)
             narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
             if fit.error is None or is_stop(fit.error) or interrupts.signal is not None:
-                targets.remove(run_dir)  # else Prometheus shall see that nobody answers there
+                # Else Prometheus shall see that nobody answers there any more.
+                targets.remove(run_dir)
+                if ray_session.is_local and config.trainer.metrics_port:
+                    end_run(run_dir.name, config.trainer.metrics_port)
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt

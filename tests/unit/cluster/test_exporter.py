@@ -113,22 +113,38 @@ def test_a_rank_that_comes_after_a_dead_one_takes_its_slot(
 def test_what_a_killed_run_left_is_neither_served_nor_kept(
     port: int, closing: Callable[[Exporter | Shelf], None]
 ) -> None:
-    pid = os.fork()
-    if not pid:  # a run's server, which is killed
-        shelf = Shelf(target("gone", port))
-        with shelf.slot() as slot:
-            RunMetrics("gone", slot).steps.inc(1)
-            os._exit(0)
-    os.waitpid(pid, 0)
-    [left] = exporter.machine_folder(port).glob("gone-*")
+    left = killed("gone", port)
     closing(Exporter("127.0.0.1", port))
     # Its numbers are not served; that it is gone is, for an hour.
     samples = [line for line in get_soon(port).splitlines() if "gone" in line]
     assert samples == ['babelray_run_lost{run="gone"} 1.0']
     again = Shelf(target("gone", port))  # somebody has resumed it
     assert "run_lost" not in get(port)
+    assert not left.exists()
     again.close()
-    assert "run_lost" in get(port)
+    assert "gone" not in get(port)
+
+
+def killed(run: str, port: int, *, ended: bool = False) -> Path:
+    """What the server of a run leaves that was killed, maybe after the run's end."""
+    pid = os.fork()
+    if not pid:
+        with Shelf(target(run, port)).slot() as slot:
+            RunMetrics(run, slot).steps.inc(1)
+            if ended:
+                slot.end()
+            os._exit(0)
+    os.waitpid(pid, 0)
+    [left] = exporter.machine_folder(port).glob(f"{run}-*")
+    return left
+
+
+def test_what_is_long_ago_is_forgotten(
+    port: int, closing: Callable[[Exporter | Shelf], None]
+) -> None:
+    left = killed("gone", port)
+    closing(Exporter("127.0.0.1", port))
+    assert "gone" in get_soon(port)
     for file in left.iterdir():
         os.utime(file, (time.time() - 4000,) * 2)
     assert "gone" not in get(port)
@@ -136,18 +152,16 @@ def test_what_a_killed_run_left_is_neither_served_nor_kept(
     assert not left.exists()
 
 
-def test_a_run_that_has_ended_is_not_looked_for(
+def test_a_run_that_has_ended_or_was_stopped_is_not_looked_for(
     port: int, closing: Callable[[Exporter | Shelf], None]
 ) -> None:
-    pid = os.fork()
-    if not pid:
-        with Shelf(target("done", port)).slot() as slot:
-            RunMetrics("done", slot).steps.inc(1)
-            slot.end()
-            os._exit(0)
-    os.waitpid(pid, 0)
+    killed("done", port, ended=True)
+    killed("stopped", port)
+    exporter.end_run("stopped", port)
     closing(Exporter("127.0.0.1", port))
-    assert "done" not in get_soon(port)
+    text = get_soon(port)
+    assert "done" not in text
+    assert "stopped" not in text
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("ii", 5000, 0) + b"\xff" * 100])
