@@ -10,6 +10,7 @@ import numpy as np
 from data_shards.errors import UserError
 from model.cost import Work, training_flops
 from trainer.formats import format_duration, format_number
+from trainer.report_lines import Event, last_moment, moment
 from trainer.report_log import Attempt, RunLog
 
 # Training cost in floating-point operations by the paper's own estimate.
@@ -91,7 +92,7 @@ def cost(log: RunLog, rate: Rate | None = None) -> Cost:
     energy = _gained(log, "energy_joules")
     if energy is None:
         unknown["energy_joules"] = "the log has no reading of an energy counter"
-    held = [(_held(log, number), attempt.num_workers) for number, attempt in _numbered(log)]
+    held = _held(log)
     held_hours = sum(seconds * workers for seconds, workers in held) / 3600
     if rate is None:
         unknown["price"] = "give --price PER-DEVICE-HOUR"
@@ -235,10 +236,10 @@ def _beside(found: Cost) -> str:
 
 def _gained(log: RunLog, key: str) -> float | None:
     """A sum over all attempts, what was undone included; None where an attempt did not log it."""
-    trained = [attempt for attempt in log.attempts if attempt.steps]
-    if not trained or any(attempt.steps[-1].get(key) is None for attempt in trained):
+    told = [found for attempt in log.attempts if (found := attempt.has_logged(key)) is not None]
+    if not told or not all(told):
         return None
-    return sum(attempt.gained(key) for attempt in trained)
+    return sum(attempt.gained(key) for attempt in log.attempts)
 
 
 def _by_the_papers_method(attempts: list[Attempt]) -> float | None:
@@ -254,7 +255,7 @@ def _by_the_papers_method(attempts: list[Attempt]) -> float | None:
 def _reckoned(log: RunLog) -> float | None:
     """Of the kept steps, for logs of versions that did not count."""
     manifest = log.manifest
-    last = log.steps[-1] if log.steps else {}
+    last = log.totals
     tokens = (last.get("source_tokens") or 0) + (last.get("target_tokens") or 0)
     if manifest is None or not tokens:
         return None
@@ -270,21 +271,47 @@ def _reckoned(log: RunLog) -> float | None:
     return an_epoch * tokens / (work.source + work.target)
 
 
-def _numbered(log: RunLog) -> list[tuple[int, Attempt]]:
-    return list(enumerate(log.attempts))
+def _held(log: RunLog) -> list[tuple[float, int]]:
+    """Seconds that devices were held, and how many; a restart belongs to what came after it.
 
-
-def _held(log: RunLog, number: int) -> float:
-    """Seconds that the devices of an attempt were held; a restart belongs to what came after it.
-
-    Where a command ended and another went on with the run later, nobody held them between.
+    Where a run was given up, or its command ended, and another went on with it later, nobody held
+    them between: only up to the last line before.
     """
-    attempt = log.attempts[number]
+    found: list[tuple[float, float, int]] = []  # seconds held, seconds of training, devices
+    before: Attempt | None = None
+    for attempt in log.attempts:
+        found += [
+            (seconds, 0.0, (before or attempt).num_workers)
+            for seconds in _held_in_vain(attempt.given_up, before)
+        ]
+        found.append((_held_by(attempt, before), attempt.training_s, attempt.num_workers))
+        before = attempt
+    if before is not None:
+        rest = _held_in_vain(log.failed_since, before)
+        found += [(seconds, 0.0, before.num_workers) for seconds in rest]
+    # A log that was copied together may have odd times; training time is the least.
+    is_odd = sum(held for held, *_ in found) < sum(trained for _, trained, _ in found)
+    return [(max(held, trained) if is_odd else held, count) for held, trained, count in found]
+
+
+def _held_by(attempt: Attempt, before: Attempt | None) -> float:
     start, end = attempt.began_at, attempt.ended_at
     if start is None or end is None:
         return attempt.training_s
-    before = log.attempts[number - 1].ended_at if number else None
-    if attempt.failures and before is not None:
-        start = min(start, before)
-    # A log that was copied together may have odd times; training time is the least.
-    return max(end - start, attempt.training_s)
+    if attempt.failures:
+        since = before.ended_at if before and not attempt.given_up else None
+        failed_at = moment(attempt.failures[0]) if since is None else since
+        start = start if failed_at is None else min(start, failed_at)
+    return max(0.0, end - start)
+
+
+def _held_in_vain(parts: list[list[Event]], before: Attempt | None) -> list[float]:
+    """Seconds of restarts that led to nothing; the first part follows the attempt ``before``."""
+    found = []
+    for number, part in enumerate(parts):
+        end = last_moment(part)
+        start = moment(part[0]) if part else None
+        if number == 0 and before is not None and before.ended_at is not None:
+            start = before.ended_at
+        found.append(max(0.0, end - start) if end is not None and start is not None else 0.0)
+    return found

@@ -13,12 +13,13 @@ from trainer import figures
 from trainer.evaluate import Result
 from trainer.figures import Mark, Series
 from trainer.formats import format_number
-from trainer.report_log import Event, RunLog
+from trainer.report_lines import Event
+from trainer.report_log import RunLog
 
 _MAX_CURVE_POINTS = 1500
 
 # What the marks of these events are called, in the order of the legend.
-_MARKED = ("resumed", "recovered", "resized", "skipped", "rewound")
+_MARKED = ("resumed", "restarted", "resized", "skipped", "rewound")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def drawn(log: RunLog) -> list[dict[str, Any]]:
 
 
 def marks(log: RunLog) -> list[Mark]:
-    """Where the run was resumed, recovered from a failure, was resized, skipped or went back."""
+    """Where the run was resumed by hand, restarted by itself, resized, skipped or went back."""
     places: dict[str, list[float]] = {kind: [] for kind in _MARKED}
     for attempt, before in zip(log.attempts[1:], log.attempts, strict=False):
         kinds = {line["event"] for line in attempt.lines}
@@ -145,7 +146,7 @@ def marks(log: RunLog) -> list[Mark]:
         if attempt.num_workers != before.num_workers:
             places["resized"].append(attempt.first_step)
         elif "recovered" in kinds or was_failure:
-            places["recovered"].append(attempt.first_step)
+            places["restarted"].append(attempt.first_step)
         else:
             places["resumed"].append(attempt.first_step)
     for event in log.raw:
@@ -229,7 +230,7 @@ def told(lines: Sequence[Series]) -> str:
     """The curves in words, for who does not see them."""
     return (
         "; ".join(
-            f"{line.label}: {format_number(line.y[-1])} at the end, "
+            f"{line.label}: {format_number(line.y[-1])} at last, "
             f"between {format_number(min(line.y))} and {format_number(max(line.y))}"
             for line in lines
         )

@@ -11,7 +11,8 @@ from trainer.config import RunConfig
 from trainer.evaluate import Result
 from trainer.exhibits_cost import Cost, format_flops
 from trainer.formats import format_bytes, format_duration, format_number
-from trainer.report_log import Event, RunLog
+from trainer.report_lines import Event
+from trainer.report_log import RunLog
 
 # Where things lie and how they are watched: another machine's are its own.
 _PLACES = frozenset(
@@ -209,21 +210,21 @@ def _training(log: RunLog) -> str:
         + (f"; gradients are clipped to a norm of {config.clip_norm:g}" if config.clip_norm else "")
         + f"; the seed is {config.seed}."
     ]  # fmt: skip
-    step, last = log.last("step", "step", "validated", "finished"), log.steps[-1:]
-    if last and last[0].get("target_tokens") and last[0].get("source_tokens"):
-        event = last[0]
+    event = log.totals
+    if event.get("target_tokens") and event.get("source_tokens"):
         parts.append(
             f"A batch holds at most {log.config.data.tokens_per_step:,} padded tokens a side, on "
             f"average {event['source_tokens'] / event['step']:,.0f} source and "
             f"{event['target_tokens'] / event['step']:,.0f} target tokens; training took "
-            f"{step:,} updates, {format_number(event['source_tokens'] + event['target_tokens'])} "
-            "tokens in all."
+            f"{log.end['step']:,} updates, "
+            f"{format_number(event['source_tokens'] + event['target_tokens'])} tokens in all"
+            f"{log.told_place(event)}."
         )
     return " ".join(parts)
 
 
 def _hardware(log: RunLog, found: Cost) -> str:
-    if not log.attempts or not log.steps:
+    if not log.attempts or not log.totals:
         return ""
     there = environment(log)
     device = there["machine"].get("gpu") or there["machine"].get("cpu") or there["device"]

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from trainer import figures
 from trainer.figures import Series
-from trainer.report_log import Event, RunLog
+from trainer.report_lines import Event
+from trainer.report_log import RunLog
 
 # In the order of a step, each with what it is.
 PHASES = {

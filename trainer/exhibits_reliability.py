@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from trainer import exhibits_curves
+from trainer.report_lines import Event, moment
 from trainer.report_log import Attempt, RunLog
 from trainer.run import open_checkpoints
 
@@ -20,6 +22,7 @@ _CAUSES = {
     "resized": "the number of workers changed",
     "stopped": "stopped on request, resumed by command",
     "ended": "had ended, resumed by command",
+    "given_up": "was given up, resumed by command",
     "command": "the command itself ended, resumed by command",
 }
 
@@ -28,30 +31,23 @@ def numbers(log: RunLog) -> dict[str, Any]:
     """Plain values.
 
     Returns:
-        ``restarts`` (a row each: see ``_restart``), ``restarts_by_cause``, ``lost_seconds`` and
+        ``restarts`` (a row each: see ``restarts``), ``restarts_by_cause``, ``lost_seconds`` and
         ``redone_steps``, ``redone_seconds`` (sums over the restarts), ``useful_share`` (training
         time that was kept, of all time between the first line and the last; None where nothing was
         timed), ``checkpoints``, ``skipped_by_reason``, ``rewinds``, ``failed_saves``,
-        ``data_hash``.
+        ``data_hash`` with the ``data_hash_step`` that it is of.
     """
-    restarts = [
-        _restart(log, number) for number in range(1, len(log.attempts))
-    ]  # fmt: skip
-    causes = Counter(
-        str(failure.get("cause"))
-        for failure in log.failures
-        if failure["event"] == "worker_failed" and not failure.get("final")
-    )
-    causes.update(row["cause"] for row in restarts if not row["failures"])
+    rows = restarts(log)
+    causes = Counter(row["cause"] for row in rows)
     saved = [line for line in log.raw if line["event"] == "checkpoint"]
     skipped = Counter(str(e.get("reason")) for e in log.raw if e["event"] == "skipped")
     return {
-        "restarts": restarts,
+        "restarts": rows,
         "restarts_by_cause": dict(sorted(causes.items())),
-        "lost_seconds": sum(row["lost_seconds"] or 0.0 for row in restarts),
-        "redone_steps": sum(row["redone_steps"] for row in restarts),
-        "redone_seconds": sum(row["redone_seconds"] for row in restarts),
-        "useful_share": _useful_share(log, restarts),
+        "lost_seconds": sum(row["lost_seconds"] or 0.0 for row in rows),
+        "redone_steps": sum(row["redone_steps"] for row in rows),
+        "redone_seconds": sum(row["redone_seconds"] for row in rows),
+        "useful_share": _useful_share(log, rows),
         "checkpoints": {
             "written": len(saved),
             "stall_seconds": sum(line.get("stall_seconds") or 0.0 for line in saved),
@@ -62,7 +58,8 @@ def numbers(log: RunLog) -> dict[str, Any]:
         "skipped_steps": sum(skipped.values()),
         "skipped_by_reason": dict(sorted(skipped.items())),
         "rewinds": sum(line["event"] == "rewound" for line in log.raw),
-        "data_hash": log.last("data_hash", "step", "skipped"),
+        "data_hash": log.hashed.get("data_hash"),
+        "data_hash_step": log.hashed.get("step"),
         "log_every": log.config.trainer.log_every,
     }
 
@@ -72,29 +69,137 @@ def told_cause(cause: str) -> str:
     return _CAUSES.get(cause, cause.replace("_", " "))
 
 
-def _restart(log: RunLog, number: int) -> dict[str, Any]:
-    """One attempt after the first, and what the change cost.
+def told_restarts(rows: list[dict[str, Any]]) -> str:
+    """How often the run started again by itself, and how often a command resumed it."""
+    by_hand = sum(row["by_hand"] for row in rows)
+    told = [
+        f"{word} {_times(count)}"
+        for word, count in (("restarted", len(rows) - by_hand), ("resumed", by_hand))
+        if count
+    ]
+    return ", ".join(told)
 
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def restarts(log: RunLog) -> list[dict[str, Any]]:
+    """A row for each time that workers were started again, oldest first.
+
+    ``by_hand``: by a command. ``step``, ``workers``: None for workers that logged nothing.
     ``lost_seconds``: from the failure to the next update, as the run measured it, or to the first
-    line of the new workers; None where nothing was held between. ``redone_steps``: those the
-    earlier attempt is known to have made beyond where this one began: by logged steps, so at least.
+    line of the new workers; where they made no update, to what came next: another failure, or that
+    the run was given up. None where a command went on. ``redone_steps``: those the earlier workers
+    are known to have made beyond where these began: by what was logged, so at least.
     """
-    attempt, before = log.attempts[number], log.attempts[number - 1]
-    recovered = next((line for line in attempt.lines if line["event"] == "recovered"), {})
-    lost = recovered.get("seconds")
-    if lost is None and attempt.failures and attempt.began_at is not None:
-        since = attempt.failures[0].get("time") or before.ended_at
-        lost = max(0.0, attempt.began_at - since) if since is not None else None
-    messages = [f["message"] for f in attempt.failures if f.get("message")]
+    rows: list[dict[str, Any]] = []
+    # The row whose workers have made no update so far, and when the first failure was since one.
+    pending: _Row | None = None
+    failed_at: float | None = None
+    attempts = log.attempts
+    for number, attempt in enumerate([*attempts, None]):
+        before = attempts[number - 1] if number else None
+        parts = [*attempt.given_up, attempt.failures] if attempt else log.failed_since
+        for place, part in enumerate(parts):
+            if place:  # from here on it was another command
+                pending = failed_at = None
+            triggers = _triggers(part)
+            for line in part:
+                at = moment(line)
+                if pending is not None and at is not None:
+                    pending.lose_until(at)
+                if any(line is trigger for trigger in triggers):
+                    failed_at = at if failed_at is None else failed_at
+                    pending = _Row(_failed(line, before), at)
+                    rows.append(pending.values)
+        if attempt is None:
+            break
+        recovered = next((line for line in attempt.lines if line["event"] == "recovered"), {})
+        is_new = number > 0 and (
+            bool(attempt.given_up) or not (_triggers(attempt.failures) or recovered)
+        )
+        own = pending.values if pending is not None and _triggers(attempt.failures) else None
+        if is_new and before is not None:
+            row = _failed({"cause": _end(attempt, before), "time": attempt.began_at}, before)
+            row |= {"by_hand": True, "lost_seconds": None, "failures": 0}
+            rows.insert(len(rows) - (own is not None), row)
+            own = own or row
+        elif own is None and recovered:
+            pending = _Row(_failed(recovered, before), None)
+            own = pending.values
+            rows.append(own)
+        if own is not None:
+            own |= _begun(attempt, before)
+        if pending is not None:
+            pending.recover(attempt, recovered, failed_at)
+            if not attempt.is_idle:
+                pending = failed_at = None
+    return rows
+
+
+@dataclass
+class _Row:
+    """A row in the making, and the Unix seconds of the failure."""
+
+    values: dict[str, Any]
+    since: float | None
+
+    def lose_until(self, at: float) -> None:
+        """What was still being restarted at ``at`` had made no update."""
+        if self.since is not None:
+            self.values["lost_seconds"] = max(
+                self.values["lost_seconds"] or 0.0, at - self.since, 0.0
+            )
+
+    def recover(self, attempt: Attempt, recovered: Event, failed_at: float | None) -> None:
+        """The workers of ``attempt`` are there."""
+        if recovered.get("seconds") is not None:
+            # Measured from the first failure on; the earlier rows have their parts.
+            earlier = self.since - failed_at if self.since and failed_at else 0.0
+            self.values["lost_seconds"] = max(0.0, recovered["seconds"] - earlier)
+        else:
+            at = attempt.ended_at if attempt.is_idle else attempt.began_at
+            if at is not None:
+                self.lose_until(at)
+
+
+def _triggers(part: list[Event]) -> list[Event]:
+    """Lines of the failures' log that each made the workers be started again."""
+    found = [
+        line
+        for line in part
+        if (line["event"] == "worker_failed" and not line.get("final"))
+        or (line["event"] == "resized" and line.get("planned"))
+    ]
+    return found or [line for line in part if line["event"] == "resized"][:1]
+
+
+def _failed(line: Event, before: Attempt | None) -> dict[str, Any]:
+    """A row as far as the failure tells it."""
+    cause = "resized" if line.get("event") == "resized" else line.get("cause")
     return {
-        "time": attempt.began_at,
-        "step": attempt.first_step,
-        "cause": _cause(attempt, before, recovered.get("cause")),
-        "message": recovered.get("message") or (messages[0] if messages else ""),
-        "failures": len(attempt.failures),
-        "workers_before": before.num_workers,
-        "workers": attempt.num_workers,
-        "lost_seconds": lost,
+        "time": moment(line),
+        "step": None,
+        "cause": str(cause or "exception"),
+        "by_hand": False,
+        "message": str(line.get("message") or ""),
+        "failures": 1,
+        "workers_before": before.num_workers if before else None,
+        "workers": None,
+        "lost_seconds": 0.0,
+        "redone_steps": 0,
+        "redone_seconds": 0.0,
+    }
+
+
+def _begun(attempt: Attempt, before: Attempt | None) -> dict[str, Any]:
+    """What the new workers add to a row."""
+    found = {"time": attempt.began_at, "step": attempt.first_step, "workers": attempt.num_workers}
+    if before is None:
+        return found
+    return {
+        **found,
         "redone_steps": max(0, before.last_step - attempt.first_step),
         "redone_seconds": max(
             0.0, before.ended_with("elapsed_s") - attempt.begun_with["elapsed_s"]
@@ -102,14 +207,10 @@ def _restart(log: RunLog, number: int) -> dict[str, Any]:
     }
 
 
-def _cause(attempt: Attempt, before: Attempt, measured: str | None) -> str:
-    for failure in attempt.failures:
-        if failure["event"] == "worker_failed":
-            return str(failure.get("cause") or measured)
-    if measured:
-        return str(measured)
-    if any(failure["event"] == "resized" for failure in attempt.failures):
-        return "resized"
+def _end(attempt: Attempt, before: Attempt) -> str:
+    """Why a command had to go on with the run."""
+    if any(failure.get("final") for part in attempt.given_up for failure in part):
+        return "given_up"
     ends = [line for line in before.lines if line["event"] == "finished"]
     if ends:
         return "stopped" if ends[-1].get("reason") == "stopped" else "ended"

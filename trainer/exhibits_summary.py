@@ -6,6 +6,8 @@ import statistics
 from collections import Counter
 from importlib import metadata
 
+from trainer import exhibits_reliability
+from trainer.exhibits_reliability import told_restarts
 from trainer.formats import format_duration, format_number
 from trainer.report_log import RunLog
 
@@ -59,15 +61,11 @@ def state(log: RunLog) -> dict[str, str]:
 def tiles(log: RunLog) -> list[dict[str, str]]:
     """The main numbers, each with ``label``, ``value``, ``note`` and ``code``."""
     main = log.main
-    steps, validated = log.steps, log.of("validated")
+    steps = log.steps
+    validated = [event for event in log.of("validated") if event.get("perplexity") is not None]
     begun = log.of("started", "resumed")
-    last = steps[-1] if steps else {}
     # A run may end between two logged steps.
-    end = max(
-        log.of("step", "validated", "finished"),
-        key=lambda event: (event.get("step", 0), event.get("elapsed_s") or 0.0),
-        default={},
-    )
+    end, totals, timed = log.end, log.totals, log.timed
     found = []
     if main:
         where = f"{main.test_set}, checkpoint {main.checkpoint}"
@@ -81,32 +79,37 @@ def tiles(log: RunLog) -> list[dict[str, str]]:
             _tile(
                 "Validation perplexity",
                 f"{best['perplexity']:.2f}",
-                f"best, at step {best['step']:,}; {validated[-1]['perplexity']:.2f} at the end",
+                f"best, at step {best['step']:,}; the last, at step {validated[-1]['step']:,}: "
+                f"{validated[-1]['perplexity']:.2f}",
             )
         )
-    if steps:
-        tokens = last.get("target_tokens", 0) + last.get("source_tokens", 0)
-        speed = statistics.median(event.get("tokens_per_second") or 0.0 for event in steps)
+    if totals:
+        tokens = (totals.get("target_tokens") or 0) + (totals.get("source_tokens") or 0)
+        speeds = [event["tokens_per_second"] for event in steps if event.get("tokens_per_second")]
         used = [event["mfu"] for event in steps if event.get("mfu") is not None]
         found += [
-            _tile("Steps", f"{end['step']:,}", f"epoch {last.get('epoch', 0) + 1}"),
+            _tile("Steps", f"{end['step']:,}", f"epoch {(log.epoch or 0) + 1}"),
             _tile(
                 "Tokens trained on",
                 format_number(tokens),
-                f"{format_number(last.get('target_tokens'))} of them target tokens",
+                f"{format_number(totals.get('target_tokens'))} of them target tokens"
+                + log.told_place(totals),
             ),
-            _tile("Training time", format_duration(end.get("elapsed_s")), "set-up not counted"),
+            _tile(
+                "Training time",
+                format_duration(timed.get("elapsed_s")),
+                f"set-up not counted{log.told_place(timed)}",
+            ),
             _tile(
                 "Tokens a second",
-                format_number(speed),
+                format_number(statistics.median(speeds) if speeds else None),
                 "median, source and target"
                 + (f" · MFU {100 * statistics.median(used):.1f} %" if used else ""),
             ),
         ]
     if begun:
         sizes = [event["world_size"] for event in begun if "world_size" in event]
-        resumed = sum(event["event"] == "resumed" for event in begun)
-        times = {0: "never resumed", 1: "resumed once"}.get(resumed, f"resumed {resumed} times")
+        times = told_restarts(exhibits_reliability.restarts(log)) or "never restarted"
         note = f"{times}; {min(sizes)} to {max(sizes)} workers" if len(set(sizes)) > 1 else times
         if sizes:
             found.append(_tile("Workers", f"{sizes[-1]}", note))

@@ -64,11 +64,13 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 # How a mark looks: its line, None for no line, and its sign at the top, which needs no colour.
 _MARKS: dict[str, tuple[Any, str]] = {
     "resumed": (":", "|"),
-    "recovered": ("--", "v"),
+    "restarted": ("--", "v"),
     "resized": ((0, (4, 2, 1, 2)), "D"),
     "skipped": (None, "x"),
     "rewound": (":", "<"),
 }
+# Inches of a chart. On a phone, where it has a third of that, its letters can still be read.
+_SIZE = (4.6, 2.75)
 # Up to here every point is marked, so that a run of a single logged step shows something.
 _MARKED_POINTS = 25
 
@@ -84,7 +86,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where something happened: ``kind`` is resumed, recovered, resized, skipped or rewound."""
+    """Where something happened: ``kind`` is resumed, restarted, resized, skipped or rewound."""
 
     kind: str
     x: Sequence[float]
@@ -111,7 +113,8 @@ def curves(
         marks: what happened, drawn as upright lines with a sign above.
         has_whole_x: only whole numbers have a tick on the x axis.
         from_zero: let the y axis begin at zero.
-        wide: twice as wide as it would be else, at about the same height.
+        wide: twice as wide as it would be else, at about the same height; for a narrow screen it
+            comes as it would be else, too, and the page shows one of both.
         looks: each curve's number, which decides its colour and dash; by default its place.
     """
 
@@ -294,6 +297,24 @@ def _draw(
     wide: bool = False,
     has_whole_x: bool = True,
 ) -> str:
+    if wide:
+        wide_one, narrow_one = (
+            _drawn(draw, name, title, x_label, y_label, is_wide, has_whole_x)
+            for name, is_wide in ((name, True), (f"{name}-narrow", False))
+        )
+        return f'<div class="roomy">{wide_one}</div><div class="narrow">{narrow_one}</div>'
+    return _drawn(draw, name, title, x_label, y_label, wide, has_whole_x)
+
+
+def _drawn(
+    draw: Callable[[Axes], None],
+    name: str,
+    title: str,
+    x_label: str,
+    y_label: str,
+    wide: bool,
+    has_whole_x: bool,
+) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -301,13 +322,13 @@ def _draw(
     with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
         # Only measured with matplotlib's font: the page's font has the letters it lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(11.2, 3.2) if wide else (5.4, 2.9), layout="constrained")
+        figure = Figure(figsize=(11.2, 3.2) if wide else _SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.grid(visible=True, axis="y")
         draw(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(12 if wide else 6, integer=has_whole_x))
+        axes.xaxis.set_major_locator(MaxNLocator(12 if wide else 5, integer=has_whole_x))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         return _inline(figure, name, title)
@@ -315,7 +336,15 @@ def _draw(
 
 def _add_legend(axes: Axes) -> None:
     # Above the curves, where it hides nothing; searching the best place inside takes long.
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.7)
+    is_wide = axes.bbox.width / axes.figure.dpi > _SIZE[0]
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=4 if is_wide else 3,
+        borderaxespad=0.7,
+        columnspacing=1.2,
+        handlelength=1.6,
+    )
 
 
 def _tick(value: float) -> str:

@@ -52,6 +52,7 @@ def write_report(run_dir: Path, *, rate: Rate | None = None, is_live: bool | Non
         "phase_chart": exhibits_phases.chart(log),
         "cost": exhibits_cost.rows(cost) if log.attempts else [],
         "reliability": exhibits_reliability.numbers(log),
+        "reached": log.end.get("step", 0),
         "evaluations": exhibits_evaluation.results(evaluations),
         "signatures": exhibits_evaluation.signatures(evaluations),
         "by_length": exhibits_evaluation.by_length(main),

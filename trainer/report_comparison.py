@@ -13,6 +13,7 @@ from markupsafe import Markup
 from data_shards.errors import UserError
 from trainer import exhibits_curves, exhibits_evaluation, exhibits_summary, figures
 from trainer.exhibits_cost import Rate, format_flops
+from trainer.exhibits_reliability import told_restarts
 from trainer.figures import Series
 from trainer.formats import format_duration, format_number, format_share
 from trainer.report_log import RunLog, read_run
@@ -139,8 +140,12 @@ def _tiles(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return read
 
     def tokens(one: dict[str, Any]) -> tuple[str | None, str]:
-        source, target = one["training"]["source_tokens"], one["training"]["target_tokens"]
-        return (format_number(source + target) if source and target else None), ""
+        found = one["training"]
+        source, target, step = found["source_tokens"], found["target_tokens"], found["tokens_step"]
+        if not source or not target:
+            return None, ""
+        place = f"at step {step:,} (the last logged)" if step < found["steps"] else ""
+        return format_number(source + target), place
 
     def perplexity(one: dict[str, Any]) -> tuple[str | None, str]:
         found = one["validation"]
@@ -230,8 +235,13 @@ def _cost(every: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _reliability(every: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    def data_hash(found: dict[str, Any]) -> str:
+        if not found["data_hash"]:
+            return "–"
+        return f"{found['data_hash']} at step {found['data_hash_step']:,}"
+
     shown: list[tuple[str, Any]] = [
-        ("Restarts", lambda one: str(len(one["restarts"]))),
+        ("Restarts", lambda one: told_restarts(one["restarts"]) or "none"),
         ("Time lost", lambda one: format_duration(one["lost_seconds"])),
         ("Steps done again", lambda one: f"{one['redone_steps']:,}"),
         ("Time that was of use", lambda one: format_share(one["useful_share"])),
@@ -240,7 +250,7 @@ def _reliability(every: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
             lambda one: format_duration(one["checkpoints"]["stall_seconds"]),
         ),
         ("Skipped steps", lambda one: f"{one['skipped_steps']:,}"),
-        ("Data hash at the end", lambda one: one["data_hash"] or "–"),
+        ("Data hash", data_hash),
     ]
     return [(name, [show(one["reliability"]) for one in every]) for name, show in shown]
 

@@ -71,15 +71,16 @@ def differences(every: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _training(log: RunLog) -> dict[str, Any]:
-    steps = log.steps
-    last = steps[-1] if steps else {}
-    told = log.of("step", "validated", "finished")
+    last = log.steps[-1] if log.steps else {}
+    totals = log.totals
     return {
-        "steps": max((event.get("step") or 0 for event in told), default=0),
-        "epoch": last.get("epoch"),
-        "source_tokens": last.get("source_tokens"),
-        "target_tokens": last.get("target_tokens"),
-        "training_seconds": max((event.get("elapsed_s") or 0.0 for event in told), default=0.0),
+        "steps": log.end.get("step", 0),
+        "logged_step": last.get("step"),
+        "epoch": log.epoch,
+        "source_tokens": totals.get("source_tokens"),
+        "target_tokens": totals.get("target_tokens"),
+        "tokens_step": totals.get("step"),
+        "training_seconds": log.timed.get("elapsed_s", 0.0),
         "parameters": log.last("parameters", "started", "resumed"),
         "workers": log.attempts[-1].num_workers if log.attempts else None,
         "nll_nats": last.get("mean_nll"),
@@ -87,7 +88,8 @@ def _training(log: RunLog) -> dict[str, Any]:
         "mfu": _median(log, "mfu"),
         "padding_efficiency": _median(log, "padding_efficiency"),
         "skew": _median(log, "skew"),
-        "data_hash": log.last("data_hash", "step", "skipped"),
+        "data_hash": log.hashed.get("data_hash"),
+        "data_hash_step": log.hashed.get("step"),
     }
 
 
@@ -97,7 +99,7 @@ def _median(log: RunLog, key: str) -> float | None:
 
 
 def _validation(log: RunLog) -> dict[str, Any]:
-    validated = log.of("validated")
+    validated = [event for event in log.of("validated") if event.get("valid_nll") is not None]
     best = min(validated, key=lambda event: event["valid_nll"], default={})
     last = validated[-1] if validated else {}
     return {

@@ -157,6 +157,27 @@ def test_on_a_phone(browser: Any, request: pytest.FixtureRequest, name: str, sch
 
 
 @pytest.mark.parametrize("name", ["report", "comparison"])
+def test_charts_fit_a_phone_and_tables_show_that_there_is_more(
+    browser: Any, request: pytest.FixtureRequest, name: str
+) -> None:
+    file = request.getfixturevalue(name)
+    for page in opened(browser, file, viewport={"width": 360, "height": 740}):
+        charts = page.locator("figure:visible").evaluate_all(
+            "all => all.map((e) => [[...e.querySelectorAll('svg')].filter((s) =>"
+            " s.checkVisibility()).length, e.scrollWidth <= e.clientWidth + 1,"
+            " [...e.querySelectorAll('.scroll')].every((s) => s.scrollWidth <= s.clientWidth + 1)])"
+        )
+        assert charts
+        assert all(chart == [1, True, True] for chart in charts)
+        wider = page.locator(".scroll").evaluate_all(
+            "all => all.filter((e) => e.scrollWidth > e.clientWidth + 1)"
+            ".map((e) => getComputedStyle(e).backgroundAttachment)"
+        )
+        assert wider
+        assert all("local" in shadow and "scroll" in shadow for shadow in wider)
+
+
+@pytest.mark.parametrize("name", ["report", "comparison"])
 def test_on_paper(browser: Any, request: pytest.FixtureRequest, name: str) -> None:
     file = request.getfixturevalue(name)
     for page in opened(browser, file, color_scheme="dark", viewport={"width": 720, "height": 1000}):

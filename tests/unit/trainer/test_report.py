@@ -147,12 +147,12 @@ def test_what_this_version_measures_is_shown(run_dir):
         "not known: the log has no reading of an energy counter", "1 × a worker was killed",
         "at least 20, 10.0 s of training", "Phases of a step", "forward the forward pass",
         "60.0 %", "Model FLOPs utilisation", "Padding efficiency", "Skew between workers",
-        "A processor", "8 GB", "recovered", "babelray train --config",
+        "A processor", "8 GB", "restarted once", "babelray train --config",
     ):  # fmt: skip
         assert expected in text, expected
     assert len(page.ids) == len(set(page.ids))
     labels = [attributes.get("aria-label", "") for _, attributes in page.attributes]
-    assert any("Marks: recovered at step 40." in label for label in labels)
+    assert any("Marks: restarted at step 40." in label for label in labels)
     assert "log does not tell the phases" not in text
 
 
@@ -295,7 +295,7 @@ def test_bleu_while_training_is_a_curve_and_no_history(run_dir):
     log.close()
     raw = write_report(run_dir).read_text()
     [picture] = re.findall(r"<h3>BLEU.*?</svg>", raw, flags=re.DOTALL)
-    assert "valid: 25.7 at the end" in picture
+    assert "valid: 25.7 at last" in picture
     history = raw[raw.index('id="events"') :]
     assert "bleu 77.7" in history
     assert "bleu 25.71" not in history

@@ -109,7 +109,7 @@ def test_the_runs_own_measure_of_a_recovery_comes_first(tmp_path):
     assert found["restarts"][0]["lost_seconds"] == 12.5
     assert found["restarts_by_cause"] == {"hung": 1}
     [mark] = exhibits_curves.marks(_write(tmp_path, events))
-    assert (mark.kind, list(mark.x)) == ("recovered", [40])
+    assert (mark.kind, list(mark.x)) == ("restarted", [40])
 
 
 def test_a_checkpoint_between_two_logged_steps(tmp_path):
