@@ -279,6 +279,7 @@ class Reporter:
             "flops": state.flops,
             "energy_joules": state.joules,
             "data_hash": f"{state.data_hash:016x}",
+            "elapsed_s": round(state.elapsed_s, 3),
         }
 
     def validating(self) -> None:
@@ -398,7 +399,6 @@ class Reporter:
                 step=self._state.step,
                 reason=reason,
                 **self._sums(),
-                elapsed_s=round(self._state.elapsed_s, 3),
             )
 
 
