@@ -98,7 +98,7 @@ def costs(events: list[dict[str, Any]], interval_steps: int) -> dict[str, Any]:
 
 def work(run_dir: Path) -> None:
     """Train in this process."""
-    from trainer.loop import train
+    from trainer.attempt import train
 
     one_rank(run_dir)
     config = RunConfig.model_validate_json((run_dir / "config.json").read_text())

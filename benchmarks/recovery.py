@@ -65,7 +65,7 @@ def stock(run_dir: Path) -> None:
         import ray.train
 
         from cluster.ranks import _log_to
-        from trainer.loop import train
+        from trainer.attempt import train
 
         context = ray.train.get_context()
         rank, world_size = context.get_world_rank(), context.get_world_size()

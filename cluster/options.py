@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,23 @@ checkpoint_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
 )
+
+
+def parse_workers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | tuple[int, int] | None:
+    """A number of workers, or the least and the most: ``2``, ``1:4``."""
+    if value is None:
+        return None
+    parts = value.split(":")
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]{1,6}", part) for part in parts):
+        raise click.BadParameter(f"{value!r}: give a number, such as 2, or bounds, such as 1:4")
+    least, most = int(parts[0]), int(parts[-1])
+    if least < 1:
+        raise click.BadParameter(f"{value!r}: at least 1 worker is needed")
+    if least > most:
+        raise click.BadParameter(f"{value!r}: the least comes first: {most}:{least}")
+    return (least, most) if len(parts) == 2 else most
 
 
 def say(line: str) -> None:

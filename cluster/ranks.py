@@ -268,7 +268,7 @@ def _train(task: Task, place: Place, slot: Slot | None) -> object:
 
 def _trainer_loop() -> Callable[..., object]:
     # Imports DeepSpeed, which takes seconds where nothing is warm: only once the log is open.
-    from trainer.loop import train
+    from trainer.attempt import train
 
     return train
 

@@ -79,7 +79,7 @@ def start(
         dashboard_port: for the page of a Ray of our own; by default the first free one.
         say: takes each line for the person who watches.
         tell: takes each event of the run; by default their lines go to ``say``.
-        train: replaces ``trainer.loop.train``, for tests.
+        train: replaces ``trainer.attempt.train``, for tests.
 
     Raises:
         UserError: a wrong number of workers, a port in use, a run that is being trained.

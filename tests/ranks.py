@@ -19,12 +19,12 @@ TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``trainer.loop.train`` on every rank."""
+    """One call of ``trainer.attempt.train`` on every rank."""
 
     config: RunConfig
     run_dir: Path
     resume: bool = False
-    train: Callable[..., str] | None = None  # in place of trainer.loop.train
+    train: Callable[..., str] | None = None  # in place of trainer.attempt.train
 
 
 def run_ranks(world_size: int, jobs: list[Job]) -> list[str]:
@@ -68,8 +68,8 @@ def _rank(rank: int, world_size: int, port: int, jobs: list[Job], results: Any) 
     import torch
 
     from data_shards.errors import UserError
+    from trainer.attempt import train
     from trainer.control import Handover
-    from trainer.loop import train
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)

@@ -4,7 +4,7 @@ import contextlib
 
 import sentencepiece  # noqa: F401
 
-import trainer.loop  # noqa: F401
+import trainer.attempt  # noqa: F401
 from trainer.engine import import_deepspeed
 
 import_deepspeed()

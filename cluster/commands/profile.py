@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from cluster.commands.train import _workers
 from cluster.options import (
     config_option,
     json_option,
     mirror_option,
+    parse_workers,
     print_json,
     runs_option,
     say,
@@ -44,7 +44,9 @@ from data_shards.errors import UserError
 @config_option
 @set_option
 @click.option("--name", metavar="RUN", help="Name of the new run (with --config).")
-@click.option("--workers", callback=_workers, metavar="N|MIN:MAX", help="Workers of the new run.")
+@click.option(
+    "--workers", callback=parse_workers, metavar="N|MIN:MAX", help="Workers of the new run."
+)
 @runs_option
 @mirror_option
 @click.option(

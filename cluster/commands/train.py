@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from cluster.options import (
     config_option,
     json_option,
     mirror_option,
+    parse_workers,
     print_json,
     runs_option,
     set_option,
@@ -26,30 +26,13 @@ if TYPE_CHECKING:
     from cluster.progress import News
 
 
-def _workers(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> int | tuple[int, int] | None:
-    """A number of workers, or the least and the most: ``2``, ``1:4``."""
-    if value is None:
-        return None
-    parts = value.split(":")
-    if len(parts) > 2 or not all(re.fullmatch("[0-9]{1,6}", part) for part in parts):
-        raise click.BadParameter(f"{value!r}: give a number, such as 2, or bounds, such as 1:4")
-    least, most = int(parts[0]), int(parts[-1])
-    if least < 1:
-        raise click.BadParameter(f"{value!r}: at least 1 worker is needed")
-    if least > most:
-        raise click.BadParameter(f"{value!r}: the least comes first: {most}:{least}")
-    return (least, most) if len(parts) == 2 else most
-
-
 @click.command()
 @config_option
 @set_option
 @click.option("--name", metavar="RUN", help="Name of the run; by default the file's and the time.")
 @click.option(
     "--workers",
-    callback=_workers,
+    callback=parse_workers,
     metavar="N|MIN:MAX",
     help="Processes that train together; by default one a GPU, or one. With MIN:MAX, as many as "
     "there is room for: the run shrinks when a machine goes and grows when one comes.",

@@ -1,6 +1,6 @@
 """Inside each rank of a disturbed run: notes what is really trained on, as it happens.
 
-``train`` takes the place of ``trainer.loop.train``. It runs the real loop, with a look at three
+``train`` takes the place of ``trainer.attempt.train``. It runs the real loop, with a look at three
 doors: what the model is given, what the optimizer does with it, and what a checkpoint brings back.
 Nothing is taken from the plan: a pair is known by the token ids that went into the model, and a
 state by a hash of the weights, so that neither a wrong position nor a wrong checkpoint can hide.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_shards.config import PAD_ID
 from data_shards.stream import Stream
-from trainer import loop
+from trainer import attempt
 from trainer.config import RunConfig
 from trainer.engine import Engine
 
@@ -59,10 +59,10 @@ def train(
     world_size: int,
     **arguments: Any,
 ) -> str:
-    """``trainer.loop.train``, recorded. Called in a process that trains once and ends."""
+    """``trainer.attempt.train``, recorded. Called in a process that trains once and ends."""
     recorder = _Recorder(run_dir, options, rank=rank, world_size=world_size)
     recorder.install()
-    return loop.train(config, run_dir, rank=rank, world_size=world_size, **arguments)
+    return attempt.train(config, run_dir, rank=rank, world_size=world_size, **arguments)
 
 
 def pair_key(source: Iterable[int], target: Iterable[int]) -> str:

@@ -91,7 +91,7 @@ def test_a_bucket_that_is_not_there_is_told(bucket: str, tmp_path: Path) -> None
 
 def train_there(config: Any, run_dir: Path, **place: Any) -> str:
     """Trains; what the client needs comes by a file (processes have the fork server's settings)."""
-    from trainer.loop import train
+    from trainer.attempt import train
 
     os.environ.update(json.loads((run_dir.parent / "environment.json").read_text()))
     return train(config, run_dir, **place)

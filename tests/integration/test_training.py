@@ -236,7 +236,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_model_refused(
 
 def poisoned(config: RunConfig, run_dir: Path, **place: Any) -> str:
     """Trains; rank 1's losses of some steps are not numbers, as those in ``poison.json`` say."""
-    from trainer.loop import Loop, train
+    from trainer.attempt import train
+    from trainer.loop import Loop
     from trainer.rank import Rank
 
     steps = json.loads((run_dir.parent / "poison.json").read_text())
@@ -294,7 +295,8 @@ def test_a_poisoned_step_is_skipped_on_all_ranks_and_a_series_leads_back(
 
 def held_at_7(config: RunConfig, run_dir: Path, **place: Any) -> str:
     """Trains; somebody asks for a handover while step 7 is made."""
-    from trainer.loop import Loop, train
+    from trainer.attempt import train
+    from trainer.loop import Loop
 
     accumulate = Loop._accumulate
 
