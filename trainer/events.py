@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ log = logging.getLogger(__name__)
 
 # Never logged again by a resume from after them, and what an audit counts on.
 _LASTING = frozenset({"skipped", "rewound"})
+# With these an attempt begins, after the step that they name.
+BEGINNINGS = frozenset({"started", "resumed"})
+# Logged again by whoever trains again from an earlier step.
+_PROGRESS = frozenset({"step", "validated", "checkpoint", "skipped", "rewound"})
 # Lines kept for later while the disk takes none.
 _MAX_PENDING = 10_000
 
@@ -81,3 +86,25 @@ def _ends_torn(file: Path) -> bool:
     with file.open("rb") as stream:
         stream.seek(-1, os.SEEK_END)
         return stream.read(1) != b"\n"
+
+
+def history(logged: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run logged as one history, without the parts that were undone.
+
+    A run that resumes from step s logs the steps after s anew: what was logged after s before is
+    dropped (all of it, where a run starts anew), and of one step logged twice the later wins.
+    """
+    events: list[dict[str, Any]] = []
+    for event in logged:
+        if event["event"] in BEGINNINGS and isinstance(event.get("step"), int):
+            start = event["step"]
+            events = [
+                e for e in events if not (e["event"] in _PROGRESS and (e.get("step") or 0) > start)
+            ]
+        events.append(event)
+    last = {(event["event"], event.get("step")): number for number, event in enumerate(events)}
+    return [
+        event
+        for number, event in enumerate(events)
+        if event["event"] not in _PROGRESS or last[event["event"], event.get("step")] == number
+    ]

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from trainer.events import BEGINNINGS
+
 Event = dict[str, Any]
 
-BEGINNINGS = frozenset({"started", "resumed"})
-# Logged again by who trains again from an earlier step.
-_PROGRESS = frozenset({"step", "validated", "checkpoint", "skipped", "rewound"})
 # Nothing is to be made of these without a step.
 _STEPPED = frozenset({"step", "validated", "checkpoint", "skipped"})
 # The last lines of workers that leave in order; they tell the run's sums.
@@ -98,24 +97,6 @@ def _is_number(value: Any) -> bool:
 def read_failures(file: Path) -> list[Event]:
     """Each line, so that they can be counted; a torn one as ``{"event": "torn"}``."""
     return [_parsed(line) or {"event": "torn"} for line in _text_lines(file)[:-1]]
-
-
-def history(raw: list[Event]) -> list[Event]:
-    """One history, as ``trainer.run.read_events`` has it, of lines that were read."""
-    events: list[Event] = []
-    for event in raw:
-        if event["event"] in BEGINNINGS and isinstance(event.get("step"), int):
-            start = event["step"]
-            events = [
-                e for e in events if not (e["event"] in _PROGRESS and (e.get("step") or 0) > start)
-            ]
-        events.append(event)
-    last = {(event["event"], event.get("step")): number for number, event in enumerate(events)}
-    return [
-        event
-        for number, event in enumerate(events)
-        if event["event"] not in _PROGRESS or last[event["event"], event.get("step")] == number
-    ]
 
 
 def reached(events: list[Event], *kinds: str) -> list[Event]:

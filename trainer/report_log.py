@@ -18,12 +18,11 @@ from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from trainer.config import RunConfig
 from trainer.evaluate import Result, read_results
+from trainer.events import BEGINNINGS, history
 from trainer.report_lines import (
-    BEGINNINGS,
     ENDS,
     Event,
     has_sums,
-    history,
     last_moment,
     moment,
     reached,

@@ -30,6 +30,7 @@ from model.transformer import Transformer, build
 from trainer.average import average_weights
 from trainer.checkpoint import STATE, Checkpoints
 from trainer.config import RunConfig, parse_config
+from trainer.events import history
 from trainer.parts import EMA, WEIGHTS
 from trainer.storage import StorageError
 
@@ -91,12 +92,7 @@ def read_config(run_dir: Path) -> RunConfig:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """What the run logged, oldest first, as one history without the parts that were undone.
-
-    A run that resumes from step s logs the steps after s anew: what was logged after s before is
-    dropped (all of it, where a run starts anew), and of one step logged twice the later wins. A
-    line cut short by a crash is left out.
-    """
+    """What the run logged, oldest first, as one ``history``; a line cut short is left out."""
     try:
         text = events_path(run_dir).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -107,22 +103,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if not isinstance(event, dict) or "event" not in event:
-            continue
-        if event["event"] in {"started", "resumed"} and isinstance(event.get("step"), int):
-            start = event["step"]
-            events = [e for e in events if not (_is_progress(e) and e.get("step", 0) > start)]
-        events.append(event)
-    last = {
-        (event["event"], event.get("step")): index
-        for index, event in enumerate(events)
-        if _is_progress(event)
-    }
-    return [
-        event
-        for index, event in enumerate(events)
-        if not _is_progress(event) or last[event["event"], event.get("step")] == index
-    ]
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return history(events)
 
 
 def open_checkpoints(run_dir: Path) -> Checkpoints:
@@ -227,11 +210,6 @@ def choose_checkpoints(checkpoints: Checkpoints, checkpoint: str) -> list[int]:
             f"give --checkpoint with a step of: {_list(committed)}"
         )
     return [step]
-
-
-def _is_progress(event: dict[str, Any]) -> bool:
-    """Whether training again from an earlier step would log this event again."""
-    return event["event"] in {"step", "validated", "checkpoint", "skipped", "rewound"}
 
 
 def _no_such_run(run_dir: Path) -> str:

@@ -15,10 +15,10 @@ from trainer import (
     exhibits_summary,
     report_lines,
 )
+from trainer.events import history
 from trainer.exhibits_cost import Rate
 from trainer.report import write_report
 from trainer.report_comparison import read_runs, write_comparison
-from trainer.report_lines import history
 from trainer.report_log import Event, RunLog, read_run
 from trainer.report_numbers import numbers
 from trainer.run import read_events
