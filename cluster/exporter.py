@@ -36,6 +36,7 @@ from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from cluster.naming import is_held
 from data_shards.errors import RunFailedError
 from trainer.metrics import ENDED, RUN_LOST, ServerMetrics, Slot
 
@@ -221,13 +222,14 @@ class _Collector:
 
     def collect(self) -> Iterable[Metric]:
         merged: dict[str, Metric] = {}
-        for run, folders in _live(self._machine).items():
+        live = _live(self._machine)
+        for run, folders in live.items():
             for metric in _read(run, folders):
                 if metric.name in merged:
                     merged[metric.name].samples += metric.samples
                 else:
                     merged[metric.name] = metric
-        lost = _lost(self._machine)
+        lost = _lost(self._machine) - live.keys()
         if lost:
             family = GaugeMetricFamily(RUN_LOST.name, RUN_LOST.help, labels=RUN_LOST.labels)
             for run in lost:
@@ -251,16 +253,15 @@ def _live(machine: Path) -> dict[str, list[Path]]:
     """The folders of runs whose rank server lives; of several servers of a run they add up."""
     found: dict[str, list[Path]] = {}
     for file in sorted(machine.glob(f"*/{_NAME}")):
-        if _is_held(file.parent) and (run := _name(file)):
+        if is_held(file.parent) and (run := _name(file)):
             found.setdefault(run, []).append(file.parent)
     return found
 
 
 def _lost(machine: Path) -> set[str]:
-    """Runs whose rank server here ended less than an hour ago, though they had not ended."""
-    left = [file for file in machine.glob(f"*/{_NAME}") if not _is_held(file.parent)]
-    lost = {_name(file) for file in left if not _is_done(file.parent)}
-    return {run for run in lost - _live(machine).keys() if run}
+    """Runs with a rank server that ended here less than an hour ago, though they had not ended."""
+    left = [file for file in machine.glob(f"*/{_NAME}") if not is_held(file.parent)]
+    return {run for file in left if not _is_done(file.parent) and (run := _name(file))}
 
 
 def _is_done(folder: Path) -> bool:
@@ -279,26 +280,10 @@ def _name(file: Path) -> str:
         return ""
 
 
-def _is_held(folder: Path) -> bool:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def _sweep(machine: Path, run: str) -> None:
     """Remove what nobody needs to hear of any more: this run is there again."""
     for folder in machine.iterdir():
-        if not folder.is_dir() or _is_held(folder):
+        if not folder.is_dir() or is_held(folder):
             continue
         if _is_done(folder) or _name(folder / _NAME) == run:
             shutil.rmtree(folder, ignore_errors=True)

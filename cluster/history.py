@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from pathlib import Path
 from typing import Any
+
+from trainer.events import parsed
 
 Event = dict[str, Any]
 
@@ -84,10 +85,4 @@ def _is_step(line: bytes | Event) -> bool:
 
 
 def _parsed(line: bytes | Event) -> Event | None:
-    if not isinstance(line, bytes):
-        return line
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+    return parsed(line) if isinstance(line, bytes) else line

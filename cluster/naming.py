@@ -218,13 +218,23 @@ def logs_dir(run_dir: Path) -> Path:
 
 def is_claimed(run_dir: Path) -> bool:
     """Whether a process holds the run's folder now: it is being trained."""
+    return is_held(run_dir / _LOCK)
+
+
+def is_held(locked: Path) -> bool:
+    """Whether a process has the lock of a file or folder now; False where there is none."""
     try:
-        with (run_dir / _LOCK).open(encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(locked, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(descriptor)
     return False
 
 

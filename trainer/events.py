@@ -88,6 +88,15 @@ def _ends_torn(file: Path) -> bool:
         return stream.read(1) != b"\n"
 
 
+def parsed(line: str | bytes) -> dict[str, Any] | None:
+    """The event that a line holds; None for one that was torn, or is somebody else's."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
 def history(logged: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a run logged as one history, without the parts that were undone.
 

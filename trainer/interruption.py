@@ -6,12 +6,12 @@ themselves were not there.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.events import BEGINNINGS, parsed
 from trainer.metrics import CAUSES, Cause
 
 
@@ -50,16 +50,16 @@ def interruption(run_dir: Path) -> Interruption | None:
     """
     counted = recovered = 0
     for line in _lines(run_dir / "events.jsonl"):
-        if any(mark in line for mark in _MARKS) and (event := _parsed(line)):
+        if any(mark in line for mark in _MARKS) and (event := parsed(line)):
             seen = int(event.get("failures_seen", 0))
-            if event.get("event") == "recovered":
+            if event["event"] == "recovered":
                 recovered = seen
-            elif event.get("event") in {"started", "resumed"}:
+            elif event["event"] in BEGINNINGS:
                 counted = seen
     lines = _lines(run_dir / "logs" / "failures.jsonl")
     failures: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(lines):
-        event = _parsed(line)
+        event = parsed(line) or {}
         kind = event.get("event")
         if kind == "commanded" or event.get("final"):
             failures = []
@@ -92,11 +92,3 @@ def _lines(file: Path) -> list[str]:
         return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError:
         return []
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}

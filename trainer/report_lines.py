@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer.events import BEGINNINGS
+from trainer.events import BEGINNINGS, parsed
 
 Event = dict[str, Any]
 
@@ -73,11 +72,8 @@ def _text_lines(file: Path) -> list[str]:
 
 def _parsed(line: str) -> Event | None:
     """None for a line that was torn, or that another program wrote."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    event = parsed(line)
+    if event is None:
         return None
     step = event.get("step")
     if step is None:

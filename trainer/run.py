@@ -30,7 +30,7 @@ from model.transformer import Transformer, build
 from trainer.average import average_weights
 from trainer.checkpoint import STATE, Checkpoints
 from trainer.config import RunConfig, parse_config
-from trainer.events import history
+from trainer.events import history, parsed
 from trainer.parts import EMA, WEIGHTS
 from trainer.storage import StorageError
 
@@ -97,15 +97,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
         text = events_path(run_dir).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    events: list[dict[str, Any]] = []
-    for line in text.split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return history(events)
+    return history(event for line in text.split("\n") if (event := parsed(line)))
 
 
 def open_checkpoints(run_dir: Path) -> Checkpoints:
