@@ -69,15 +69,10 @@ def train_quickly(corpora: Path, folder: Path) -> Path:
 
 def machine() -> dict[str, object]:
     """What the numbers are taken on, now."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
+    from trainer.machine import cpu_name  # imports torch, which not all benchmarks need
+
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "platform": platform.platform(),

@@ -79,7 +79,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def describe(device: torch.device) -> dict[str, Any]:
     """This machine, for people: ``cpu``, ``cores``, ``memory_bytes``, ``gpu``."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -98,7 +98,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the kernel names it, or else the kind of machine."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
