@@ -1,0 +1,1 @@
+"""What ``babelray doctor`` looks at: this machine, storage, the cluster, its network."""
