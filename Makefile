@@ -18,10 +18,18 @@ TEST_SET ?=
 COMPARE ?=
 RUNS ?= runs
 SET ?=
+OVERLAY ?=
+COMPONENTS ?=
+NODES ?=
+GPUS ?=
+IMAGE ?= $(shell cat .image 2>/dev/null)
+NAMESPACE ?=
+STORAGE ?=
 PYTEST ?=
 SEED ?=
 FAULTS ?=
 WRITE ?=
+CLUSTER ?=
 
 BIN := $(VENV)/bin
 BABELRAY := $(BIN)/babelray
@@ -30,6 +38,10 @@ STAMP := $(VENV)/.installed
 
 settings = $(foreach setting,$(SET),--set $(setting))
 need_name = $(if $(NAME),,$(error NAME is missing: which run? For example: make $@ NAME=demo))
+# Of Kubernetes; with RAY_ADDRESS set they stay empty.
+cluster = $(if $(OVERLAY),--overlay $(OVERLAY)) $(foreach name,$(COMPONENTS),--component $(name)) \
+	$(if $(NODES),--nodes $(NODES)) $(if $(GPUS),--gpus $(GPUS)) \
+	$(if $(RAY_ADDRESS),,$(if $(IMAGE),--image $(IMAGE))) $(if $(NAMESPACE),--namespace $(NAMESPACE))
 TRAIN = $(BABELRAY) train $(settings) $(if $(NAME),--name $(NAME)) $(if $(WORKERS),--workers $(WORKERS))
 
 .PHONY: help
@@ -41,8 +53,10 @@ help: ## Show this list
 	@echo
 	@echo "Variables (with what they are now):"
 	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
-	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)  RUNS=$(RUNS) (of make status logs dashboard)"
-	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  PYTHON=$(PYTHON)  VENV=$(VENV)"
+	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)  RUNS=$(RUNS) (of make launch stop resume evaluate status logs)"
+	@echo "  OVERLAY=$(OVERLAY)  COMPONENTS='$(COMPONENTS)'  NODES=$(NODES)  GPUS=$(GPUS)  IMAGE=$(IMAGE)  NAMESPACE=$(NAMESPACE)"
+	@echo "  STORAGE=$(STORAGE)  (of make launch manifests resume; with RAY_ADDRESS set, to that Ray cluster)"
+	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  CLUSTER=1 (of make doctor)  PYTHON=$(PYTHON)  VENV=$(VENV)"
 	@echo "  PYTEST='...' (arguments for pytest)"
 	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
 	@echo "  and whether the table goes into docs/reliability.md; see python -m tests.chaos --help)"
@@ -95,13 +109,31 @@ data: setup ## Prepare the corpus of CONFIG
 train: setup ## Train CONFIG as run NAME with WORKERS workers (each optional)
 	@$(TRAIN) --config $(CONFIG)
 
+.PHONY: launch
+launch: setup ## Train CONFIG as run NAME on Kubernetes, or on the Ray cluster at RAY_ADDRESS
+	@$(BABELRAY) launch --config $(CONFIG) $(settings) $(if $(NAME),--name $(NAME)) $(cluster) \
+		$(if $(STORAGE),--storage $(STORAGE)) --runs $(RUNS)
+
+.PHONY: manifests
+manifests: setup ## Print what make launch would apply, and change nothing
+	@$(BABELRAY) launch --dry-run --config $(CONFIG) $(settings) $(if $(NAME),--name $(NAME)) $(cluster)
+
+.PHONY: stop
+stop: setup ## Save a checkpoint of run NAME and end it, wherever it runs
+	@$(need_name)$(BABELRAY) stop $(NAME) --runs $(RUNS)
+
 .PHONY: resume
-resume: setup ## Go on with run NAME from its last checkpoint
-	@$(need_name)$(TRAIN) --resume
+resume: setup ## Go on with run NAME from its last checkpoint, where it ran
+	@$(need_name)$(BABELRAY) resume $(NAME) $(settings) $(if $(WORKERS),--workers $(WORKERS)) \
+		$(cluster) --runs $(RUNS)
+
+.PHONY: doctor
+doctor: setup ## Check this machine, and with CLUSTER=1 the cluster, before a run needs them
+	@$(BABELRAY) doctor --config $(CONFIG) $(settings) $(if $(CLUSTER),--cluster $(cluster))
 
 .PHONY: evaluate
 evaluate: setup ## Compute BLEU of run NAME on TEST_SET, against the run COMPARE if given
-	@$(need_name)$(BABELRAY) evaluate $(NAME) --checkpoint $(CHECKPOINT) $(settings) \
+	@$(need_name)$(BABELRAY) evaluate $(NAME) --checkpoint $(CHECKPOINT) $(settings) --runs $(RUNS) \
 		$(if $(TEST_SET),--test-set $(TEST_SET)) $(if $(COMPARE),--compare $(COMPARE))
 
 .PHONY: translate
@@ -125,8 +157,8 @@ logs: setup ## The logs of run NAME, as they come
 	@$(need_name)$(BABELRAY) logs $(NAME) --follow --runs $(RUNS)
 
 .PHONY: dashboard
-dashboard: setup ## Where live runs can be watched; starts Prometheus and Grafana if installed (Ctrl-C ends)
-	@$(BABELRAY) dashboard --runs $(RUNS)
+dashboard: setup ## Where live runs (or run NAME) can be watched; starts Prometheus and Grafana if installed
+	@$(BABELRAY) dashboard $(NAME) --runs $(RUNS)
 
 # One thread a process: many small models and several processes at a time, on however few cores.
 .PHONY: test

@@ -13,11 +13,13 @@ from cluster.commands.dashboard import dashboard
 from cluster.commands.data import data
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
+from cluster.commands.launch import launch, resume
 from cluster.commands.logs import logs
 from cluster.commands.profile import profile
 from cluster.commands.report import report
 from cluster.commands.serve import serve
 from cluster.commands.status import status
+from cluster.commands.stop import stop
 from cluster.commands.train import train
 from cluster.commands.translate import translate
 from data_shards.errors import UserError
@@ -74,6 +76,7 @@ def cli() -> None:
 for _command in (
     data,
     train,
+    launch,
     evaluate,
     translate,
     export,
@@ -82,8 +85,10 @@ for _command in (
     serve,
     status,
     logs,
-    profile,
     dashboard,
+    stop,
+    resume,
+    profile,
 ):
     cli.add_command(_command)
 

@@ -94,10 +94,12 @@ def open_run(
     runs: Path,
     resume: bool,
     overwrite: bool = False,
+    start_or_resume: bool = False,
 ) -> tuple[RunConfig, str]:
     """Settle what to train and under which name; nothing is written.
 
-    With ``resume`` and no file, the run's own ``config.json`` is the base of ``settings``.
+    With ``resume`` and no file, the run's own ``config.json`` is the base of ``settings``. With
+    ``start_or_resume`` it is a resume if there is such a run.
 
     Raises:
         UserError: the configuration is wrong, the name is taken, there is no run to resume, or the
@@ -105,6 +107,10 @@ def open_run(
     """
     if name is not None:
         check_name(name)
+    if start_or_resume:
+        if name is None or config_file is None:
+            raise UserError("--start-or-resume needs --name RUN and --config FILE")
+        resume = exists(runs / name, load_config(config_file, settings).recovery)
     if resume:
         if name is None:
             raise UserError("--resume needs the run: give --name RUN")
@@ -122,16 +128,19 @@ def open_run(
     config = absolute(load_config(config_file, settings))
     if name is None:
         return config, new_name(config_file)
-    taken = runs / name
-    if not overwrite and (
-        any((taken / kept).exists() for kept in ("config.json", "checkpoints"))
-        or _stored_elsewhere(taken, config.recovery)
-    ):
+    if not overwrite and exists(runs / name, config.recovery):
         raise UserError(
-            f"the run {name} exists already ({taken}): continue it with --resume, "
+            f"the run {name} exists already ({runs / name}): continue it with --resume, "
             "choose another --name, or begin anew with --overwrite"
         )
     return config, name
+
+
+def exists(run_dir: Path, recovery: RecoveryConfig) -> bool:
+    """Whether there is a run of this name, in its folder or in the storage of its checkpoints."""
+    return any(
+        (run_dir / kept).exists() for kept in ("config.json", "checkpoints")
+    ) or _stored_elsewhere(run_dir, recovery)
 
 
 def check_resume(stored: RunConfig, new: RunConfig, *, name: str) -> None:
@@ -239,17 +248,22 @@ def is_held(locked: Path) -> bool:
 
 
 @contextmanager
-def claim(run_dir: Path) -> Iterator[None]:
+def claim(run_dir: Path, *, patience_s: float = _LOOK_S) -> Iterator[None]:
     """Hold the run's folder: two drivers on one run would overwrite each other's checkpoints.
 
     The lock is the kernel's and goes with the process, however it ends.
+
+    Args:
+        run_dir: made if it is not there.
+        patience_s: how long to wait for it. A file server keeps the lock of a machine that was lost
+            for as long as its lease lasts, a minute or two.
 
     Raises:
         UserError: another process trains the run now.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / _LOCK).open("a+", encoding="utf-8") as lock:
-        if not _lock(lock):
+        if not _lock(lock, max(patience_s, _LOOK_S)):
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise UserError(
@@ -262,9 +276,9 @@ def claim(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _lock(file: TextIO) -> bool:
+def _lock(file: TextIO, patience_s: float) -> bool:
     """Whether the lock is ours now; whoever only looks whether it is held lets go in no time."""
-    deadline = time.monotonic() + _LOOK_S
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

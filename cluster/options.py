@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,6 +14,10 @@ from data_shards.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config import EvaluationConfig
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_ARGUMENTS = "babelray.arguments"
 
 config_option = click.option(
     "--config",
@@ -60,6 +65,70 @@ checkpoint_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
 )
+
+
+def _check_nodes(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A number of machines, or bounds: kept as text."""
+    if value is not None:
+        parse_workers(ctx, param, value)
+    return value
+
+
+_PLACE_OPTIONS = (
+    click.option(
+        "--overlay",
+        metavar="NAME|DIR",
+        help="What to apply on Kubernetes: cpu-smoke, gpu (the default), gpu-multi-node, spot, or "
+        "a folder of your own with a kustomization.",
+    ),
+    click.option(
+        "--component",
+        "components",
+        multiple=True,
+        metavar="NAME",
+        help="Add to the overlay: kueue, volcano, kai, monitoring, network-policy, token-auth, "
+        "rdma, s3, elastic, or a folder. May be repeated.",
+    ),
+    click.option(
+        "--nodes",
+        callback=_check_nodes,
+        metavar="N|MIN:MAX",
+        help="Machines that train, by default the overlay's; bounds with --component elastic.",
+    ),
+    click.option(
+        "--gpus", type=click.IntRange(1, 64), metavar="N", help="GPUs of each, one worker a GPU."
+    ),
+    click.option(
+        "--image",
+        envvar="BABELRAY_IMAGE",
+        metavar="REFERENCE",
+        help="Container image, best by digest; by default the overlay's.",
+    ),
+    click.option("--namespace", metavar="NAME", help="By default that of kubectl's context."),
+    click.option("--context", metavar="NAME", help="kubectl's context; by default the current."),
+)
+
+
+def place_options(command: _Command) -> _Command:
+    """Where on Kubernetes, and on how many machines."""
+    for option in reversed(_PLACE_OPTIONS):
+        command = option(command)
+    return command
+
+
+class KeepsArguments(click.Command):
+    """A command that can be sent to the cluster where its run is: see ``given_arguments``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep them, and go on as any command."""
+        ctx.meta[_ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
+
+def given_arguments() -> tuple[str, ...]:
+    """The arguments of the command that runs now, as they were typed."""
+    found: tuple[str, ...] = click.get_current_context().meta[_ARGUMENTS]
+    return found
 
 
 def parse_workers(

@@ -60,6 +60,7 @@ def start(
     runs: Path,
     workers: Workers | None = None,
     overwrite: bool = False,
+    patience_s: float = 0.0,
     dashboard_port: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     tell: Callable[[News], None] | None = None,
@@ -76,6 +77,7 @@ def start(
         workers: ranks; by default one a GPU, or one where there is none. With bounds, as many as
             there is room for at any time.
         overwrite: remove what an earlier run of this name left.
+        patience_s: how long to wait for another command to let the run go.
         dashboard_port: for the page of a Ray of our own; by default the first free one.
         say: takes each line for the person who watches.
         tell: takes each event of the run; by default their lines go to ``say``.
@@ -94,7 +96,7 @@ def start(
             metrics_host=config.trainer.metrics_host,
             metrics_port=config.trainer.metrics_port,
         )
-    with claim(run_dir):
+    with claim(run_dir, patience_s=patience_s):
         if overwrite:
             clear(run_dir, config.recovery)
         logs_dir(run_dir).mkdir(exist_ok=True)

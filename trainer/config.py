@@ -254,13 +254,18 @@ def load_config(file: Path | None, settings: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not a mapping, a key is unknown, a value is out of range.
     """
+    where = f"{file}" if file is not None else "--set"
+    return parse_config(read_values(file, settings), where=where)
+
+
+def read_values(file: Path | None, settings: Iterable[str] = ()) -> dict[str, Any]:
+    """What a file and settings say, not validated yet: ``load_config`` has the arguments."""
     values: dict[str, Any] = {}
     if file is not None:
         values = _read_mapping(file)
     for setting in settings:
         _assign(values, setting)
-    where = f"{file}" if file is not None else "--set"
-    return parse_config(values, where=where)
+    return values
 
 
 def parse_config(values: Mapping[str, Any], *, where: str) -> RunConfig:

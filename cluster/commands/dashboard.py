@@ -18,10 +18,11 @@ import click
 
 from cluster.hints import runs_flag
 from cluster.options import print_json, runs_option, say
-from data_shards.errors import RunFailedError
+from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from cluster.dashboard import LeftTarget, LiveRun
+    from cluster.launch.records import Record
 
 _POLL_S = 0.5
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,6 +38,7 @@ _GET_GRAFANA = (
 
 
 @click.command()
+@click.argument("run", required=False)
 @runs_option
 @click.option(
     "--port",
@@ -65,9 +67,17 @@ _GET_GRAFANA = (
     "--json", "as_json", is_flag=True, help="Print where everything is as JSON; start nothing."
 )
 def dashboard(
-    runs: Path, port: int, grafana_port: int, config_dir: Path | None, as_json: bool
+    run: str | None,
+    runs: Path,
+    port: int,
+    grafana_port: int,
+    config_dir: Path | None,
+    as_json: bool,
 ) -> None:
     """Show where the runs that train now can be watched; start Prometheus and Grafana for them.
+
+    With a RUN that was launched on a cluster, bring the cluster's Ray dashboard here; with any
+    other RUN, only show where that one can be watched.
 
     What is installed is started, on this machine alone, and runs until Ctrl-C. What it collects
     stays in the folder .prometheus of the runs.
@@ -75,12 +85,22 @@ def dashboard(
     \b
     Examples:
       babelray dashboard
+      babelray dashboard base
       babelray dashboard --port 9191
       babelray dashboard --write-config monitoring
     """
     from cluster import dashboard as watching
     from cluster.dashboard_config import write_config
+    from cluster.launch.remote import launched_elsewhere
     from cluster.session import LOOPBACK
+
+    record = launched_elsewhere(run, runs) if run is not None else None
+    if record is not None:
+        _show_there(record)
+        return
+    if run is not None:
+        _show_one(run, runs, as_json=as_json)
+        return
 
     if config_dir is not None:
         url = f"http://{LOOPBACK}:{port}"
@@ -115,6 +135,36 @@ def dashboard(
     for target in left:
         say(_left(target, runs))
     _start(programs, runs, environment)
+
+
+def _show_one(run: str, runs: Path, *, as_json: bool) -> None:
+    from cluster import dashboard as watching
+    from cluster.naming import find_run
+
+    name = find_run(run, runs).name
+    live = [found for found in watching.live_runs(runs) if found.name == name]
+    if not live:
+        raise UserError(
+            f"the run {name} is not being trained: its page is made by babelray report {name}"
+            f"{runs_flag(runs)}"
+        )
+    print_json(dataclasses.asdict(live[0])) if as_json else _show(live, runs)
+
+
+def _show_there(record: Record) -> None:
+    """The way to a cluster's dashboard, kept open until Ctrl-C where it must be."""
+    from cluster.launch.records import open_target
+
+    target = open_target(record.place)
+    with _ended_by_signals(), target.dashboard(record.run) as url:
+        click.echo(f"{record.run}, on {target.describe()}:\n  Ray dashboard  {url}")
+        if record.place.kind == "ray":
+            return
+        say("Ctrl-C ends the connection")
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            return
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 import click
 
 from cluster.options import (
+    KeepsArguments,
     evaluation_settings,
+    given_arguments,
     json_option,
     print_json,
     runs_option,
     say,
     search_option,
 )
+from data_shards.errors import RunFailedError
 
 if TYPE_CHECKING:
+    from cluster.launch.records import Record
     from trainer.decoding_job import Decoder, System
     from trainer.evaluate import Evaluated
 
@@ -48,7 +52,7 @@ def _actors(
     return least, most
 
 
-@click.command()
+@click.command(cls=KeepsArguments)
 @click.argument("run")
 @click.option(
     "--checkpoint",
@@ -145,8 +149,9 @@ def evaluate(
     that they can be compared with others; "paper BLEU" is the tokenised one of older papers, which
     they cannot be compared with. Results and translations lie in the run's folder evaluation/.
 
-    Decodes across Ray: on this machine, or on the cluster that RAY_ADDRESS names. After an
-    interruption the same command goes on where it was.
+    Decodes across Ray: on this machine, or on the cluster that RAY_ADDRESS names. A run that was
+    launched on a cluster is evaluated there, as a job of its own. After an interruption the same
+    command goes on where it was.
 
     \b
     Examples:
@@ -159,8 +164,13 @@ def evaluate(
         raise click.UsageError("give both --source and --reference, or neither")
     if source is not None and test_sets:
         raise click.UsageError("give --test-set or --source and --reference, not both")
+    from cluster.launch.remote import launched_elsewhere
     from cluster.naming import find_run
 
+    record = launched_elsewhere(run, runs)
+    if record is not None:
+        _evaluate_there(record, runs, as_json=as_json)
+        return
     run_dir = find_run(run, runs).absolute()
     compared = [_compared(spec, run_dir, settings, runs) for spec in compare]
     evaluation = evaluation_settings(run_dir, settings)
@@ -193,6 +203,26 @@ def evaluate(
         from trainer.evaluate import read_results
 
         evaluation_metrics.push(push_gateway, run_dir.name, read_results(run_dir))
+
+
+def _evaluate_there(record: Record, runs: Path, *, as_json: bool) -> None:
+    """Print what the job prints; with ``as_json`` its one object on standard output, alone."""
+    from cluster.launch.remote import evaluate_there
+
+    in_object = False
+
+    def tell(line: str) -> None:
+        nonlocal in_object
+        in_object = in_object or line == "{"
+        click.echo(line, err=as_json and not in_object)
+        in_object = in_object and line != "}"
+
+    job = evaluate_there(record, given_arguments(), runs, tell=tell, say=say)
+    if job is None:
+        raise click.exceptions.Exit(_INTERRUPTED)
+    if job.phase != "succeeded":
+        why = f" ({job.message})" if job.message else ""
+        raise RunFailedError(f"the evaluation of {record.run} ended as {job.phase}{why}")
 
 
 def _compared(spec: str, run_dir: Path, settings: tuple[str, ...], runs: Path) -> System:

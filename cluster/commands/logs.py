@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cluster.hints import runs_flag
-from cluster.options import runs_option, say
+from cluster.options import KeepsArguments, given_arguments, runs_option, say
 from data_shards.errors import UserError
 
+if TYPE_CHECKING:
+    from cluster.launch.records import Record
 
-@click.command()
+
+@click.command(cls=KeepsArguments)
 @click.argument("run")
 @click.option("--rank", type=click.IntRange(min=0), metavar="N", help="Only this rank's log.")
 @click.option("--driver", is_flag=True, help="What the command itself and Ray said.")
@@ -39,6 +43,8 @@ def logs(
 ) -> None:
     """Show the logs of the run RUN: by default those of all ranks, in the order of their times.
 
+    Of a run that was launched on a cluster, --follow shows its progress, as babelray launch does.
+
     \b
     Examples:
       babelray logs demo
@@ -48,7 +54,16 @@ def logs(
     if (rank is not None) + driver + failures > 1:
         raise click.UsageError("give one of --rank, --driver and --failures")
     from cluster import logs as reading
+    from cluster.launch.remote import launched_elsewhere, relay
     from cluster.naming import find_run, is_claimed
+
+    record = launched_elsewhere(run, runs)
+    if record is not None:
+        if follow and not (driver or failures) and rank is None:
+            _watch(record, runs)
+        else:
+            relay(record, "logs", given_arguments(), click.echo)
+        return
 
     run_dir = find_run(run, runs)
     is_merged = False
@@ -88,6 +103,26 @@ def logs(
         return
     where = runs_flag(run_dir.parent)
     say(f"the run {run_dir.name} has ended: babelray status {run_dir.name}{where} tells how")
+
+
+def _watch(record: Record, runs: Path) -> None:
+    """Follow the job as ``babelray launch`` does, from its beginning."""
+    from cluster.commands.launch import finish, watch
+    from cluster.console import open_console
+    from cluster.launch.order import read_config
+    from cluster.launch.records import open_target
+
+    target = open_target(record.place)
+    job = target.find(record.run)
+    if job is None:
+        raise UserError(
+            f"there is no job of the run {record.run} on {target.describe()} any more: go on with "
+            f"it (babelray resume {record.run}), or look at its files there"
+        )
+    config, _ = read_config(None, (), record.place, before=record.config)
+    with open_console("auto") as console:
+        job = watch(target, job, config, console, runs)
+    finish(job, runs)
 
 
 def _missing(run_dir: Path, rank: int | None) -> str:

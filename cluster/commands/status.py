@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from data_shards.errors import UserError
 if TYPE_CHECKING:
     from cluster import ray_state
     from cluster.history import Histories
+    from cluster.launch.records import Record
+    from cluster.launch.target import Job
     from cluster.status import Details, Summary
 
 _REFRESH_S = 2.0
@@ -40,7 +42,8 @@ _CLEAR = "\x1b[H\x1b[2J"
 def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
     """Show how all runs stand, or all about the run RUN: attempts, workers, failures, what to do.
 
-    Reads the files of runs, and asks the Ray of one that is being trained for its workers.
+    Reads the files of runs, and asks the Ray of one that is being trained for its workers. Of a run
+    that was launched on a cluster, it tells how the job stands, and asks there for the rest.
 
     \b
     Examples:
@@ -49,10 +52,14 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
     """
 
     from cluster.history import Histories
+    from cluster.launch.remote import launched_elsewhere
 
     known = Histories()
+    record = launched_elsewhere(run, runs) if run is not None else None
 
     def look() -> tuple[Any, str]:
+        if record is not None:
+            return _launched_run(record, as_json=as_json)
         return _all_runs(runs, known) if run is None else _one_run(_resolve(run, runs), known)
 
     if not watch:
@@ -87,10 +94,65 @@ def _all_runs(runs: Path, known: Histories) -> tuple[Any, str]:
         )
     found = summaries(runs, known)
     value = [dataclasses.asdict(run) for run in found]
-    if not found:
+    elsewhere = _elsewhere(runs, {run.name for run in found})
+    if not found and not elsewhere:
         return value, f"no runs in {runs}: start one with babelray train"
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return value, table(found, now=time.time(), width=width)
+    lines = [table(found, now=time.time(), width=width)] if found else []
+    return value, "\n".join(lines + elsewhere)
+
+
+def _elsewhere(runs: Path, seen: Collection[str]) -> list[str]:
+    """A line for each run that was launched on a cluster; none is asked, which could take long."""
+    from cluster.launch.records import launched, open_target
+
+    return [
+        f"{record.run}: launched on {open_target(record.place).describe()}; "
+        f"babelray status {record.run}{runs_flag(runs)}"
+        for record in launched(runs)
+        if record.run not in seen
+    ]
+
+
+def _launched_run(record: Record, *, as_json: bool) -> tuple[Any, str]:
+    from cluster.launch.records import open_target
+    from cluster.launch.remote import relay
+
+    target = open_target(record.place)
+    job = target.find(record.run)
+    lines: list[str] = []
+    problem = None
+    if job is not None:
+        try:
+            relay(record, "status", (record.run, *(["--json"] if as_json else [])), lines.append)
+        except UserError as error:
+            problem = str(error)
+        except click.exceptions.Exit as error:
+            problem = f"babelray status ended there with exit status {error.exit_code}"
+    value = {"job": job and dataclasses.asdict(job), "run": _parsed(lines), "problem": problem}
+    head = f"{record.run}: {'no job' if job is None else _in_words_of(job)} on {target.describe()}"
+    if job is None:
+        where = "it was removed there; what the run saved stays"
+        return value, f"{head} ({where})\ngo on: babelray resume {record.run}"
+    facts = [("job", job.id), *job.facts]
+    width = max(len(name) for name, _ in facts)
+    found = [head, *(f"  {name.ljust(width)}  {fact}" for name, fact in facts)]
+    if problem is not None:
+        found += ["", problem]
+    return value, "\n".join([*found, "", *lines] if lines else found)
+
+
+def _in_words_of(job: Job) -> str:
+    attempt = f", attempt {job.attempt} of {job.attempts}" if job.attempts > 1 else ""
+    return f"{job.phase}{attempt}" + (f" ({job.message})" if job.message else "")
+
+
+def _parsed(lines: Sequence[str]) -> Any:
+    text = "\n".join(lines)
+    try:
+        return json.loads(text[text.index("{") :])
+    except ValueError:
+        return None
 
 
 def _one_run(run_dir: Path, known: Histories) -> tuple[Any, str]:

@@ -25,6 +25,9 @@ from cluster.options import (
 if TYPE_CHECKING:
     from cluster.progress import News
 
+# Longer than a file server remembers the lock of a machine that was lost.
+_LEASE_S = 180.0
+
 
 @click.command()
 @config_option
@@ -42,6 +45,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Go on with the run --name from its last checkpoint, with its own configuration unless "
     "--config is given.",
+)
+@click.option(
+    "--start-or-resume",
+    is_flag=True,
+    help="Begin the run --name, or go on with it if it is there: a scheduler that starts the same "
+    "command again goes on.",
 )
 @click.option(
     "--overwrite", is_flag=True, help="Begin anew: remove what an earlier run of this name left."
@@ -72,6 +81,7 @@ def train(
     name: str | None,
     workers: int | tuple[int, int] | None,
     resume: bool,
+    start_or_resume: bool,
     overwrite: bool,
     runs: Path,
     mirror: str | None,
@@ -92,8 +102,8 @@ def train(
       babelray train --config configs/tiny.yaml --set trainer.peak_learning_rate=2e-3
       babelray train --name demo --resume --set trainer.max_steps=2000
     """
-    if resume and overwrite:
-        raise click.UsageError("give --resume or --overwrite, not both")
+    if resume + start_or_resume + overwrite > 1:
+        raise click.UsageError("give one of --resume, --start-or-resume and --overwrite")
     from cluster import naming
     from cluster.train import check_lanes, start
     from trainer.trackers import Trackers, find_trackers
@@ -107,6 +117,7 @@ def train(
             runs=runs,
             resume=resume,
             overwrite=overwrite,
+            start_or_resume=start_or_resume,
         )
         console.name(name)
         check_lanes(config, workers)
@@ -133,6 +144,7 @@ def train(
                 runs=runs,
                 workers=workers,
                 overwrite=overwrite,
+                patience_s=_LEASE_S if start_or_resume else 0.0,
                 dashboard_port=dashboard_port,
                 say=console.say,
                 tell=tell,

@@ -126,7 +126,7 @@ def test_a_wrong_configuration_costs_no_heavy_import() -> None:
         (["--name", "a/b"], ["run name 'a/b'"]),
         (["--dashboard-port", "70000"], ["--dashboard-port"]),
         (["--resume"], ["--name RUN"]),
-        (["--resume", "--overwrite"], ["not both"]),
+        (["--resume", "--overwrite"], ["give one of"]),
         (["--resume", "--name", "nowhere"], ["no run 'nowhere'"]),
         (["--set", "model.num_heads=5"], ["d_model 128 is not divisible", "num_heads 5"]),
         (["--nonsense"], ["No such option", "--nonsense"]),

@@ -233,3 +233,41 @@ def test_two_processes_cannot_hold_one_run(tmp_path: Path) -> None:
         holder.wait()
         with naming.claim(tmp_path):  # the kernel has freed what the killed process held
             pass
+
+
+def test_start_or_resume_begins_what_is_not_there_and_goes_on_with_what_is(tmp_path: Path) -> None:
+    open_tiny(tmp_path, start_or_resume=True)
+    store(tmp_path)
+    config = open_tiny(tmp_path, "trainer.max_steps=7", start_or_resume=True)
+    assert config.trainer.max_steps == 7
+    with pytest.raises(UserError, match=r"--resume would change .*\n  trainer\.seed: 1 in the run"):
+        open_tiny(tmp_path, "trainer.seed=9", start_or_resume=True)
+
+
+@pytest.mark.parametrize(("file", "name"), [(None, "one"), (TINY, None)])
+def test_start_or_resume_needs_to_know_what(
+    tmp_path: Path, file: Path | None, name: str | None
+) -> None:
+    with pytest.raises(UserError, match="needs --name RUN and --config FILE"):
+        naming.open_run(file, (), name, runs=tmp_path, resume=False, start_or_resume=True)
+
+
+def test_a_claim_waits_for_another_to_end(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from cluster.naming import claim\n"
+            "with claim(Path(sys.argv[1])):\n    print('ready', flush=True); time.sleep(1)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match="is being trained by process"), naming.claim(tmp_path):
+            pass
+        with naming.claim(tmp_path, patience_s=30):
+            assert holder.wait() == 0

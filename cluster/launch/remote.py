@@ -1,0 +1,74 @@
+"""Commands about a run whose files lie on a cluster's storage: they are run there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from cluster.hints import runs_flag
+from cluster.launch.follow import follow_lines
+from cluster.launch.order import runs_there, without_runs
+from cluster.launch.records import Record, open_target, read_record
+from cluster.launch.target import Job, RemoteCommandError, Submission
+
+
+def launched_elsewhere(run: str, runs: Path) -> Record | None:
+    """The launch of a run whose files this machine cannot see; None for any other run.
+
+    Raises:
+        UserError: the record of the launch is damaged.
+    """
+    if (runs / run / "config.json").is_file() or "/" in run:
+        return None
+    return read_record(run, runs)
+
+
+def relay(
+    record: Record, command: str, arguments: Sequence[str], tell: Callable[[str], None]
+) -> None:
+    """Run ``babelray COMMAND`` with what was typed here where the run's files are.
+
+    Raises:
+        UserError: no machine can run it now.
+        click.exceptions.Exit: it failed; with its status.
+    """
+    target = open_target(record.place)
+    there = (command, *without_runs(tuple(arguments)), "--runs", runs_there(record.place))
+    try:
+        for line in target.run(record.run, there):
+            tell(line)
+    except RemoteCommandError as error:
+        raise click.exceptions.Exit(error.exit_status) from None
+
+
+def evaluate_there(
+    record: Record,
+    arguments: Sequence[str],
+    runs: Path,
+    *,
+    tell: Callable[[str], None],
+    say: Callable[[str], None],
+) -> Job | None:
+    """Evaluate a run as a job of its own on the cluster, with what was typed here.
+
+    Args:
+        tell: takes each line that the job prints.
+        say: takes what there is to say besides.
+
+    Returns:
+        The job when it is over; None if the following was interrupted: the job goes on.
+    """
+    target = open_target(record.place)
+    there = ("evaluate", *without_runs(tuple(arguments)), "--runs", runs_there(record.place))
+    say(f"evaluating {record.run} on {target.describe()}")
+    job = target.submit(Submission(record.run, "evaluate", there))
+    try:
+        return follow_lines(target.follow(job), tell, waiting=say) or job
+    except KeyboardInterrupt:
+        say(
+            f"not watched any more; the evaluation ({job.id}) goes on, and its result will be in "
+            f"the run's folder evaluation/. End it: babelray stop {record.run}{runs_flag(runs)}"
+        )
+        return None
