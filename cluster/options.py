@@ -100,7 +100,6 @@ _PLACE_OPTIONS = (
     ),
     click.option(
         "--image",
-        envvar="BABELRAY_IMAGE",
         metavar="REFERENCE",
         help="Container image, best by digest; by default the overlay's.",
     ),

@@ -185,6 +185,11 @@ def _check_address(address: str) -> None:
     """Knock at the cluster's door: Ray itself would go on trying for five minutes."""
     if address.startswith("ray://"):
         raise _no_cluster(address, "that is a Ray Client address; give the head's own, HOST:6379")
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={address} is the address of Ray's Jobs API, which babelray launch takes: "
+            "launch the run, or give the cluster's own address, HOST:6379"
+        )
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         return  # "auto" and the like, which Ray resolves at once

@@ -40,7 +40,8 @@ def choose_place(
     """Where to: the Ray cluster that RAY_ADDRESS names, or else Kubernetes.
 
     Args:
-        overlay, components, nodes, gpus, image, namespace, context: of Kubernetes.
+        overlay, components, image, namespace, context: of Kubernetes.
+        nodes, gpus: how many machines train, and with how many workers each.
         storage: the folder that all machines of the cluster share.
         before: where the run was launched last; what is not given now is taken from there.
         environment: stands in for the process's own, in tests.
@@ -48,7 +49,9 @@ def choose_place(
     Raises:
         UserError: options of Kubernetes are given for a Ray cluster.
     """
-    address = environment.get("RAY_ADDRESS", "")
+    from cluster.launch import ray_address
+
+    address = ray_address.given(environment)
     asked: dict[str, Any] = {
         "overlay": overlay,
         "components": components,
@@ -66,13 +69,13 @@ def choose_place(
     if before is not None and not address and not given:
         return before  # a Ray cluster, which the record names
     if address:
-        if given:
-            options = ", ".join(f"--{name.removesuffix('s')}" for name in given)
+        if only := [name for name in given if name not in {"nodes", "gpus"}]:
+            options = ", ".join(f"--{name.removesuffix('s')}" for name in only)
             raise UserError(
                 f"{options}: only for Kubernetes, but RAY_ADDRESS={address} names a Ray cluster: "
                 "leave the option out, or unset RAY_ADDRESS"
             )
-        return Place("ray", storage or str(Path.cwd()), address=address)
+        return Place("ray", storage or str(Path.cwd()), address=address, nodes=nodes, gpus=gpus)
     return Place("kubernetes", storage or POD_STORAGE, **{"overlay": DEFAULT_OVERLAY, **given})
 
 

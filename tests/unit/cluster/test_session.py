@@ -55,6 +55,15 @@ def free_port() -> int:
         return port
 
 
+def test_the_address_of_the_jobs_api_is_for_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with (
+        pytest.raises(UserError, match=r"Jobs API, which babelray launch takes.*HOST:6379"),
+        session.connect(min_cpus=1, threads=1, dashboard_port=None),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     "address", [f"127.0.0.1:{free_port()}", "[::1]:1", "no-such-host.invalid:6379", "ray://a:10001"]
 )

@@ -38,6 +38,16 @@ def test_ray_address_is_a_ray_cluster(tmp_path: Path, monkeypatch: pytest.Monkey
     assert order.choose_place(environment=environment) == ray(str(tmp_path))
 
 
+def test_machines_of_a_ray_cluster() -> None:
+    place = order.choose_place(
+        nodes="2",
+        gpus=8,
+        storage="/shared",
+        environment={"RAY_API_SERVER_ADDRESS": "http://head:8265"},
+    )
+    assert (place.nodes, place.gpus, place.address) == ("2", 8, "http://head:8265")
+
+
 def test_a_ray_cluster_is_found_again_without_its_address() -> None:
     assert order.choose_place(before=ray(), environment={}) == ray()
 
@@ -49,9 +59,7 @@ def test_another_kind_of_place_than_before() -> None:
 
 
 def test_options_of_kubernetes_are_refused_for_ray() -> None:
-    with pytest.raises(
-        UserError, match="--component, --node: only for Kubernetes, but RAY_ADDRESS"
-    ):
+    with pytest.raises(UserError, match="--component: only for Kubernetes, but RAY_ADDRESS"):
         order.choose_place(
             components=("kueue",), nodes="2", environment={"RAY_ADDRESS": "http://head:8265"}
         )
