@@ -84,10 +84,19 @@ class Network:
         folder: for Ray's sockets and logs; a short path.
         environment: of every process.
         num_hosts: all of them are wired up; Ray is started on each separately.
+        head_cpus: that Ray may give away on the first host; the others have one each.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], *, num_hosts: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        num_hosts: int,
+        head_cpus: int = 1,
+    ) -> None:
         self._folder = folder
+        self._head_cpus = head_cpus
         self._environment = {**environment, "GLOO_SOCKET_IFNAME": "eth0"}
         prefix = f"chaos-{os.getpid()}"
         self._switch = f"{prefix}-switch"
@@ -150,7 +159,7 @@ class Network:
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
     def start(self, *hosts: Host) -> None:
-        """Start Ray, one CPU a host; comes back when the cluster knows of all of them.
+        """Start Ray on hosts; comes back when the cluster knows of all of them.
 
         Raises:
             TimeoutError: one did not come up; with the end of its log.
@@ -167,7 +176,9 @@ class Network:
 
     def _start(self, host: Host) -> None:
         is_head = host.number == 0
-        place = [f"--node-ip-address={host.address}", "--num-cpus=1", "--num-gpus=0", "--block"]
+        num_cpus = self._head_cpus if is_head else 1
+        place = [f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}", "--num-gpus=0"]
+        place += ["--block"]
         # Nodes that start at the same time take each other's names in a folder that they share.
         place += [f"--temp-dir={self._folder / f'ray{host.number}'}"]
         place += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
