@@ -1,4 +1,4 @@
-"""Write the dashboards, or check that what is committed is what the code draws."""
+"""Write the dashboards and the rules for Kubernetes, or check that they are what is committed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from cluster.monitoring import data, machines, reliability, run
+from cluster.monitoring import data, kubernetes, machines, reliability, run
 from cluster.monitoring.catalogue import DASHBOARDS
 
 DRAWN = {
@@ -29,8 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     checking = parser.parse_args(arguments).check
     stale = []
-    for name in DRAWN:
-        file, text = DASHBOARDS / f"{name}.json", render(name)
+    made = {DASHBOARDS / f"{name}.json": render(name) for name in DRAWN}
+    made[kubernetes.RULES] = kubernetes.render()
+    for file, text in made.items():
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             continue
         stale.append(file)
