@@ -11,6 +11,7 @@ import click
 from cluster.commands.attention import attention
 from cluster.commands.dashboard import dashboard
 from cluster.commands.data import data
+from cluster.commands.doctor import doctor
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
 from cluster.commands.launch import launch, resume
@@ -88,6 +89,7 @@ for _command in (
     dashboard,
     stop,
     resume,
+    doctor,
     profile,
 ):
     cli.add_command(_command)
