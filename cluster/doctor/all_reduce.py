@@ -8,7 +8,7 @@ and nothing waits for it longer than ``JOIN_S``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -344,26 +344,24 @@ def blame(
         addresses: of the ranks' machines, in the order of ranks.
         statuses: as ``Rank.status``; stage "gone" where none came.
     """
+    ranks = list(zip(addresses, statuses, strict=True))
 
-    def machines(*stages: str) -> str:
-        found = dict.fromkeys(
-            address
-            for address, status in zip(addresses, statuses, strict=True)
-            if status[0] in stages
-        )
-        return ", ".join(found)
+    def which(chosen: Callable[[str, str], bool]) -> str:
+        found = [
+            f"rank {rank} on {address}"
+            for rank, (address, (stage, error, _)) in enumerate(ranks)
+            if chosen(stage, error or "")
+        ]
+        return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
-    said = next((error for stage, error, _ in statuses if stage == "failed" and error), None)
-    if gone := machines("gone"):
+    if gone := which(lambda stage, _: stage == "gone"):
         return f"{gone} did not join: the process or the machine does not answer any more"
-    unreached = [
-        address
-        for address, (stage, error, _) in zip(addresses, statuses, strict=True)
-        if stage in {"started", "reaching"} or (error or "").startswith("while reaching")
-    ]
-    if unreached:
-        names = ", ".join(dict.fromkeys(unreached))
-        return f"{names} did not join: {addresses[0]} cannot be reached from there in {join_s:g} s"
-    if said is not None:
-        return f"{machines('failed')} {said}"
-    return f"{machines('joining', 'measuring')} did not come to an end in time"
+    if absent := which(lambda stage, _: stage == "started"):
+        return f"{absent} did not join: it did not begin in {join_s:g} s"
+    if cut_off := which(lambda stage, error: stage == "reaching" or "while reaching" in error):
+        return f"{cut_off} did not join: cannot reach {addresses[0]} from there in {join_s:g} s"
+    for address, (stage, error, _) in ranks:
+        if stage == "failed":
+            return f"{address}: {error}"
+    late = which(lambda stage, _: stage != "done")
+    return f"{late} did not come to an end in time"

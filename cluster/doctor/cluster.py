@@ -44,6 +44,10 @@ def checks(
 ) -> Iterator[Check]:
     """Connect, compare the machines with each other, and measure an all-reduce."""
     address = os.environ.get("RAY_ADDRESS", "")
+    if address in {"", "local"}:  # else we would start a Ray of our own and look at that
+        mend = "set it to the head's HOST:6379, or to auto on one of the cluster's machines"
+        yield Check("Ray cluster", "failure", "RAY_ADDRESS names none", mend)
+        return
     try:
         connection = connect(min_cpus=1, threads=1, dashboard_port=None)
         with connection as session:

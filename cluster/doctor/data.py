@@ -78,7 +78,7 @@ def _wrong_sizes(folder: Path, data: ManifestData) -> list[str]:
 
 def _raw(folder: Path, config: DataConfig) -> Iterator[Check]:
     if config.corpus == "embedded":
-        found = "embedded: is generated, needs no network"
+        found = "embedded: generated, needs no network"
         needed: int | None = config.embedded_pairs * _EMBEDDED_PAIR_BYTES
     elif config.corpus == "files":
         problem, needed = _files(config)

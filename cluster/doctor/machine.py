@@ -326,7 +326,7 @@ def clock(installed: Path, now: float | None = None) -> Check:
     if synchronised:
         return Check("clock", "ok", f"{shown}, kept by a time service")
     # On one machine nothing is compared with another clock.
-    found = f"{shown}; the kernel knows of no time service (matters with several machines)"
+    found = f"{shown}; no time service known (matters with several machines)"
     return Check("clock", "ok", found)
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from cluster.doctor.limits import number
 from cluster.doctor.machine import num_gpus
 
 _PATIENCE_S = 90.0
+_END_S = 3.0
 
 # A product of random matrices, relative to float64; several times what the format itself loses.
 _LARGEST_ERRORS = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
@@ -46,7 +48,8 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.kill()
-            # One that is stuck in a driver cannot be ended; nothing waits for it.
+            with suppress(subprocess.TimeoutExpired):  # one stuck in a driver cannot be ended
+                self._process.wait(_END_S)
         self._errors.close()
         self._output.close()
 
@@ -121,7 +124,7 @@ def torch_checks(value: Mapping[str, Any], *, driver: str | None, present: int) 
         found = f"CUDA {value['cuda']}, driver {driver or 'unknown'}, NCCL {value['nccl']}"
         yield Check("CUDA", "ok", found)
     elif driver is None and present == 0:
-        yield Check("CUDA", "ok", "no NVIDIA driver here: workers run on the CPU")
+        yield Check("CUDA", "ok", "no NVIDIA driver here")
     elif value["cuda"] is None:
         found = f"{present} GPUs and driver {driver}, but torch {value['version']} has no CUDA"
         yield Check("CUDA", "failure", found, _TORCH_MEND)

@@ -1,0 +1,107 @@
+"""``babelray doctor`` as it is typed; the probe is left out where it does not matter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cluster.checks import Check
+from cluster.commands.doctor import doctor
+from cluster.doctor import limits, machine, remote, software
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class NoProbe:
+        def __enter__(self) -> NoProbe:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def findings(self) -> tuple[list[dict[str, object]], None]:
+            return [{"ray": {"version": "2.60.0"}}], None
+
+    monkeypatch.setattr(software, "Probe", NoProbe)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(doctor, arguments)
+
+
+def test_a_newcomer_reads_what_is_well() -> None:
+    result = invoke("--set", "trainer.metrics_port=0", "--set", "data.embedded_pairs=1000")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == "This machine"
+    assert [line for line in lines if line and line[0] != " "][1:3] == ["Data", "Storage"]
+    assert re.match(r"\d+ ok.*: nothing stands in a run's way$", lines[-1])
+    assert all(len(line) < 160 for line in lines)
+
+
+def test_a_failure_is_told_with_its_mend_and_by_the_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def checks(*_: object, **__: object) -> Iterator[Check]:
+        yield Check("memory", "failure", "none", "buy some")
+
+    monkeypatch.setattr(machine, "checks", checks)
+    result = invoke()
+    assert result.exit_code == 1
+    assert "  failure  memory              none\n           -> buy some\n" in result.output
+    assert "1 failure: mend what failed" in result.output
+    result = invoke("--json")
+    assert result.exit_code == 1
+    found = json.loads(result.output)
+    assert found[0] == {
+        "section": "This machine", "name": "memory", "outcome": "failure", "found": "none",
+        "mend": "buy some",
+    }  # fmt: skip
+
+
+def test_on_the_cluster_each_line_is_one_check_and_the_job_succeeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    result = invoke("--on-cluster", "--json")
+    assert result.exit_code == 0
+    found = [remote.parse(line) for line in result.output.splitlines()]
+    assert all(found)
+    assert found[-1] is not None
+    assert found[-1][1].outcome == "failure"
+
+
+def test_options_of_the_cluster_alone_are_refused() -> None:
+    result = invoke("--overlay", "gpu")
+    assert result.exit_code == 2
+    assert "--overlay is for --cluster" in result.output
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 "), (8, "8 "), (999, "999 "), (1500, "1.50 k"), (16_800_000, "16.8 M"),
+     (2.5e11, "250 G"), (3e16, "30000 T")],
+)  # fmt: skip
+def test_numbers(value: float, text: str) -> None:
+    assert limits.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12e-6, "12 us"), (0.0034, "3.4 ms"), (0.12, "120 ms"), (1.25, "1.2 s"), (600, "10 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert limits.duration(seconds) == text
+
+
+def test_what_fails_in_time_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        limits.limited(5, lambda: 1 / 0)
+    assert limits.limited(5, lambda: 3) == 3

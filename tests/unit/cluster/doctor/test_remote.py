@@ -1,0 +1,102 @@
+"""The doctor as a job: a target that answers as the test says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.checks import Check
+from cluster.doctor import remote
+from cluster.launch.target import Ended, Job, LogLine, Phase, Place, Submission, Update, Waiting
+from data_shards.errors import UserError
+from trainer.config import load_config
+
+_GOOD = Check("GPUs", "ok", "16 on 2 machines")
+
+
+class FakeTarget:
+    """Only what the doctor asks of a ``Target``."""
+
+    place = Place("kubernetes", "/mnt/babelray")
+    storage = "/mnt/babelray"
+
+    def __init__(self, lines: list[str], *, phase: Phase = "succeeded", **more: Any) -> None:
+        self.lines, self.phase, self.more = lines, phase, more
+        self.cancelled: list[str] = []
+
+    def describe(self) -> str:
+        return "a cluster"
+
+    def preflight(self, submission: Submission) -> Iterator[Check]:
+        yield _GOOD
+        raise UserError("kubectl cannot reach the cluster: correct --context")
+
+    def submit(self, submission: Submission) -> Job:
+        if error := self.more.get("error"):
+            raise error
+        return Job(submission.run, submission.kind, "doctor", "starting")
+
+    def follow(self, job: Job) -> Iterator[Update]:
+        yield Waiting("2 pods pending")
+        for line in self.lines:
+            yield LogLine(line)
+        yield Ended(Job(job.run, job.kind, job.id, self.phase, self.more.get("message")))
+
+    def cancel(self, job: Job) -> None:
+        self.cancelled.append(job.id)
+
+
+def run(target: Any) -> tuple[list[tuple[str, Check]], list[str]]:
+    said: list[str] = []
+    job = Submission("doctor", "doctor", ())
+    return list(remote.job_checks(target, job, say=said.append)), said
+
+
+def test_what_it_finds_there_is_passed_on() -> None:
+    line = remote.to_line("Cluster", _GOOD)
+    found, said = run(FakeTarget(["noise", line, '{"section": broken']))
+    assert found == [("Cluster", _GOOD)]
+    assert said[-1] == "waiting: 2 pods pending"
+
+
+def test_a_job_that_tells_nothing_is_a_failure_with_its_last_lines() -> None:
+    [(_, check)], _ = run(FakeTarget(["Traceback", "ImportError: cluster"], phase="failed"))
+    assert check.outcome == "failure"
+    assert check.found == "the doctor's job failed: Traceback / ImportError: cluster"
+    [(_, check)], _ = run(FakeTarget([], message="ImagePullBackOff", phase="failed"))
+    assert "ImagePullBackOff" in check.found
+
+
+def test_a_job_that_is_refused() -> None:
+    [(_, check)], _ = run(FakeTarget([], error=UserError("one runs already: wait for it")))
+    assert check == Check("cluster", "failure", "one runs already", "wait for it")
+
+
+def test_whoever_stops_listening_ends_the_job() -> None:
+    target: Any = FakeTarget([remote.to_line("Cluster", _GOOD)] * 3)
+    listening = remote.job_checks(target, Submission("doctor", "doctor", ()), say=lambda _: None)
+    next(listening)
+    listening.close()  # type: ignore[attr-defined]
+    assert target.cancelled == ["doctor"]
+
+
+def test_the_preflight_is_told_as_checks() -> None:
+    target: Any = FakeTarget([])
+    found = list(remote.preflight(target, Submission("doctor", "doctor", ())))
+    assert [check.outcome for _, check in found] == ["ok", "failure"]
+    assert not remote.may_go_on(found)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_is_submitted(given: bool) -> None:
+    settings = ("data.root=/mnt/babelray/mine",) if given else ()
+    config = load_config(None, settings)
+    target: Any = FakeTarget([])
+    job = remote.submission(target, config, "{}", with_all_reduce=False, gbits=200.0)
+    arguments = " ".join(job.arguments)
+    assert arguments.startswith("doctor --on-cluster --json --runs /mnt/babelray/runs")
+    assert ("--set data.root=/mnt/babelray/data" in arguments) is not given
+    assert arguments.endswith("--no-all-reduce --link-gbits 200")
+    assert job.kind == "doctor"
