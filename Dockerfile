@@ -13,7 +13,7 @@ ARG VARIANT=gpu
 # The build fails unless requirements.lock says the same.
 ARG RAY_VERSION=2.60.0
 
-# The time of every file that is installed here, so that the same content makes the same layer.
+# The time of every file that is installed here, so that it does not tell two builds apart.
 ARG SOURCE_DATE_EPOCH=1767225600
 
 
@@ -70,8 +70,9 @@ sys.exit(None if found == sys.argv[1] else f"torch {torch.__version__} is for {f
         "${VARIANT}"
 
 # What never runs here: tests, headers and static libraries for compiling, Java. Then the bytecode:
-# compiled now, as nothing can be written at run time, and by hash, which no clock changes. One
-# process for each package, as what a process compiled before shows in the next file's bytes.
+# compiled now, as nothing can be written at run time, and unchecked, as no clock can change it. One
+# process for each package: what a process compiled before shows in the next file's bytes. A file of
+# torch is for Python 3.12 and fails; the test of the image counts what is missing.
 RUN packages=$(echo /opt/babelray/lib/python3.*/site-packages) \
     && find "${packages}" -depth -type d -name tests -exec rm -rf {} + \
     && rm -rf "${packages}"/torch/test "${packages}"/torch/include "${packages}"/pyarrow/include \
