@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -41,8 +41,9 @@ _ANNOTATIONS = {
     "babelray.dev/auth",
     "babelray.dev/elastic",
     "babelray.dev/elastic-workers",
-    "ray.io/initializing-timeout",
-    "ray.io/disable-provisioned-head-restart",
+    "ray.io/external-storage-namespace",
+    "ray.io/ft-enabled",
+    "ray.io/overwrite-container-cmd",
 }
 _DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 _DRAIN_BY_DEFAULT_S = 30.0
