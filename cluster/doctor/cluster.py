@@ -13,6 +13,7 @@ from uuid import uuid4
 from cluster.checks import Check
 from cluster.doctor import all_reduce
 from cluster.doctor.limits import duration, number
+from cluster.doctor.machine import existing, remove_empty
 from cluster.doctor.sizes import gradient_bytes
 from cluster.session import connect
 from data_shards.errors import UserError
@@ -303,7 +304,7 @@ def _folders(config: RunConfig, runs: Path) -> list[tuple[str, Path]]:
 def _shared_folder(name: str, folder: Path, actors: Mapping[str, Any]) -> Iterator[Check]:
     """A file written on each machine is read on all others."""
     trial = f".doctor-{uuid4().hex[:8]}"
-    existed = folder.exists()
+    made_from = existing(folder)
     files = {machine: (f"{trial}/{index}", uuid4().hex) for index, machine in enumerate(actors)}
     mend = (
         "mount the same storage there, on every machine at this path (NFS, ReadWriteMany volume), "
@@ -312,6 +313,7 @@ def _shared_folder(name: str, folder: Path, actors: Mapping[str, Any]) -> Iterat
     import ray
 
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         written = ray.get(
             [actors[m].write.remote(str(folder), *files[m]) for m in actors], timeout=_ANSWER_S
         )
@@ -320,7 +322,7 @@ def _shared_folder(name: str, folder: Path, actors: Mapping[str, Any]) -> Iterat
             machine, said = next(iter(problems.items()))
             more = f" (and {len(problems) - 1} more machines)" if len(problems) > 1 else ""
             found = f"{machine}{more} cannot write: {said}"
-            yield Check(name, "failure", found, "make it writable there, or mount it")
+            yield Check(name, "failure", found, mend)
             return
         asked = {
             machine: actor.read.remote(str(folder), dict(files.values()), _SHARED_S)
@@ -328,23 +330,17 @@ def _shared_folder(name: str, folder: Path, actors: Mapping[str, Any]) -> Iterat
         }
         seen = {m: ray.get(r, timeout=_ANSWER_S + _SHARED_S) for m, r in asked.items()}
         yield shared(name, folder, seen, {m: file for m, (file, _) in files.items()}, mend)
+    except OSError as error:
+        yield Check(
+            name, "failure", f"{folder}: {error.strerror}", "name a folder that can be made"
+        )
     except ray.exceptions.GetTimeoutError:
         found = f"{folder}: a machine got no answer from it within {_ANSWER_S:g} s"
         yield Check(name, "failure", found, "see whether the storage's server is up")
     finally:
-        _remove(actors, folder, trial, existed)
-
-
-def _remove(actors: Mapping[str, Any], folder: Path, trial: str, existed: bool) -> None:
-    import ray
-
-    removed = [actor.remove.remote(str(folder), trial) for actor in actors.values()]
-    ray.wait(removed, num_returns=len(removed), timeout=_ANSWER_S)
-    if not existed:
-        try:
-            folder.rmdir()
-        except OSError:
-            return  # it is not empty, or lies on other machines alone
+        removed = [actor.remove.remote(str(folder), trial) for actor in actors.values()]
+        ray.wait(removed, num_returns=len(removed), timeout=_ANSWER_S)
+        remove_empty(folder, above=made_from)
 
 
 def shared(

@@ -292,6 +292,17 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
+def remove_empty(folder: Path, *, above: Path) -> None:
+    """Remove the folder and those that hold it, up to ``above``, as far as they are empty."""
+    for path in (folder, *folder.parents):
+        if path == above:
+            return
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
 def _device(path: Path) -> int:
     return existing(path).stat().st_dev
 

@@ -51,16 +51,16 @@ class Node:
         }
 
     def write(self, folder: str, name: str, content: str) -> str | None:
-        """Write a file, synced; what went wrong, or None."""
+        """Write a file, synced, into a folder that must be there; what went wrong, or None."""
         path = Path(folder) / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with path.open("w") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            return f"{path.parent}: {error.strerror}"
+            return f"{folder}: {error.strerror}"
         return None
 
     def read(self, folder: str, expected: dict[str, str], patience_s: float) -> dict[str, float]:
@@ -81,7 +81,7 @@ class Node:
         return seen
 
     def remove(self, folder: str, trial: str) -> None:
-        """Remove the trial's folder, and ``folder`` itself if nothing else is in it."""
+        """Remove the trial's folder."""
         import shutil
 
         shutil.rmtree(Path(folder) / trial, ignore_errors=True)

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from cluster.checks import Check
 from cluster.doctor.limits import TimedOutError, duration, limited, number
-from cluster.doctor.machine import existing
+from cluster.doctor.machine import existing, remove_empty
 from data_shards.errors import UserError
 from trainer.storage import PIECE_BYTES, FileWriter, Storage, StorageError
 
@@ -118,16 +118,8 @@ def _checks(
     finally:
         with suppress(StorageError, TimedOutError):
             limited(_PATIENCE_S, lambda: storage.remove(trial))
-        if not there and folder is not None:
-            _remove_empty(folder, above=made_from)
-
-
-def _remove_empty(folder: Path, *, above: Path | None) -> None:
-    for path in (folder, *folder.parents):
-        if path == above:
-            return
-        with suppress(OSError):
-            path.rmdir()
+        if not there and folder is not None and made_from is not None:
+            remove_empty(folder, above=made_from)
 
 
 def _round_trip(name: str, storage: Storage, trial: str) -> Check:

@@ -1,9 +1,10 @@
-"""``babelray doctor`` on real Ray: an all-reduce of processes, machines that differ, an object store."""
+"""``babelray doctor`` on real Ray: an all-reduce, machines that differ, an object store."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,9 @@ def test_a_cluster_of_one_machine_and_a_rank_that_does_not_join(tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     found = findings(result.stdout)
     whole = {name: check for (title, name), check in found.items() if title == "whole"}
-    assert {check.outcome for check in whole.values()} == {"ok"}, whole
+    # Whether others can reach a Ray of this machine's own is for another test.
+    outcomes = {check.outcome for name, check in whole.items() if name != "authentication"}
+    assert outcomes == {"ok"}, whole
     names = ["Ray cluster", "authentication", "versions", "GPUs", "shared memory", "clocks"]
     names += ["health checks", "shared runs", "shared data"]
     assert list(whole)[: len(names)] == names
@@ -89,7 +92,7 @@ def test_a_cluster_of_one_machine_and_a_rank_that_does_not_join(tmp_path: Path) 
     assert "of the configured model over" in whole["gradients"].found
     [absent] = [check for (title, _), check in found.items() if title == "absent"]
     assert absent.outcome == "failure"
-    assert "rank 1 on 127.0.0.1 did not join: it did not begin in 2 s" in absent.found
+    assert re.match(r"rank 1 on [0-9.]+ did not join: it did not begin in 2 s$", absent.found)
     assert not runs.exists(), "nothing is left behind"
 
 
