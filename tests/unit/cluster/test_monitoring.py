@@ -13,19 +13,20 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from cluster.monitoring import catalogue
+from cluster.monitoring import catalogue, kubernetes
 from cluster.monitoring.__main__ import DRAWN, render
 from cluster.monitoring.panels import RAY_NODES_ID, RAY_UTILIZATION_ID
 from cluster.monitoring.promql import HEALTH_STATES
 from trainer import metrics
 
-RULES = yaml.safe_load((catalogue.MONITORING / "alerts.yaml").read_text(encoding="utf-8"))
-RECORDED = {
-    rule["record"]: rule for group in RULES["groups"] for rule in group["rules"] if "record" in rule
-}
-ALERTS = {
-    rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"] if "alert" in rule
-}
+RULES = [
+    rule
+    for name in kubernetes.SOURCES
+    for group in yaml.safe_load((catalogue.MONITORING / name).read_text(encoding="utf-8"))["groups"]
+    for rule in group["rules"]
+]
+RECORDED = {rule["record"]: rule for rule in RULES if "record" in rule}
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RUNBOOK = (catalogue.MONITORING.parents[1] / "docs" / "runbook.md").read_text(encoding="utf-8")
 DASHBOARDS = {name: catalogue.load(name) for name in catalogue.NAMES}
 EXPRESSIONS = catalogue.expressions()
@@ -56,6 +57,10 @@ def known() -> dict[str, set[str]]:
     """Every metric that a query may name, and its labels."""
     labels = {name: RAY_LABELS[name] | _TARGET for name in RAY_LABELS}
     labels["up"] = set(_TARGET)
+    # KubeRay's operator: ray-operator/controllers/ray/metrics/ray_job_metrics.go of 1.7.
+    labels["kuberay_job_deployment_status"] = {
+        "name", "namespace", "uid", "deployment_status", *_TARGET,
+    }  # fmt: skip
     labels["ALERTS"] = {"alertname", "alertstate", "severity", "run"}
     for metric in [*metrics.declared(), *metrics.declared_evaluation()]:
         ours = {*metric.labels, *_TARGET}
@@ -131,6 +136,57 @@ def check(text: str) -> set[str]:
 def test_what_is_committed_is_what_the_code_draws(name):
     committed = (catalogue.DASHBOARDS / f"{name}.json").read_text(encoding="utf-8")
     assert committed == render(name), "python -m cluster.monitoring writes them anew"
+
+
+def test_the_rules_for_kubernetes_are_what_the_code_makes():
+    committed = kubernetes.RULES.read_text(encoding="utf-8")
+    assert committed == kubernetes.render(), "python -m cluster.monitoring writes them anew"
+    rules = [
+        rule for group in yaml.safe_load(committed)["spec"]["groups"] for rule in group["rules"]
+    ]
+    assert [rule.get("alert") for rule in rules] == [rule.get("alert") for rule in RULES]
+    for rule in rules:
+        assert check(rule["expr"])
+    changed = [new["alert"] for new, old in zip(rules, RULES, strict=True) if new != old]
+    assert changed == ["BabelrayNotWatched", "BabelrayTargetDown"]
+
+
+def test_a_pod_that_has_never_answered_is_not_missed(tmp_path):
+    """Prometheus finds pods from their start; one of two serves metrics, and then stops."""
+    groups = kubernetes.prometheus_rule()["spec"]["groups"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}), encoding="utf-8")
+    case = {
+        "interval": "1m",
+        "input_series": [
+            {"series": 'up{job="babelray",instance="a"}', "values": "0x30 1x30 0x60"},
+            {"series": 'up{job="babelray",instance="b"}', "values": "0x120"},
+        ],
+        "promql_expr_test": [
+            {
+                "expr": f'ALERTS{{alertstate="firing",alertname="{name}"}}',
+                "eval_time": f"{minute}m",
+                "exp_samples": [
+                    {
+                        "labels": f'ALERTS{{alertname="{name}",alertstate="firing",{labels}}}',
+                        "value": 1,
+                    }
+                    for labels in found
+                ],
+            }
+            for name, minute, found in [
+                ("BabelrayTargetDown", 25, []),
+                ("BabelrayNotWatched", 25, []),
+                ("BabelrayTargetDown", 70, ['instance="a",job="babelray",severity="ticket"']),
+                ("BabelrayNotWatched", 75, ['job="babelray",severity="page"']),
+            ]
+        ],
+    }
+    file = tmp_path / "rules_test.yaml"
+    file.write_text(
+        yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": [case]}), encoding="utf-8"
+    )
+    ended = promtool("test", "rules", str(file))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_the_checker_finds_what_is_wrong():
@@ -340,12 +396,13 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_promtool_finds_nothing_wrong_with_the_rules():
-    ended = promtool("check", "rules", "--lint=all", "--lint-fatal", "alerts.yaml")
+    ended = promtool("check", "rules", "--lint=all", "--lint-fatal", *kubernetes.SOURCES)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_every_alert_fires_on_its_fault_and_none_on_a_healthy_run():
-    ended = promtool("test", "rules", "alerts_test.yaml")
+    tests = [name.replace(".yaml", "_test.yaml") for name in kubernetes.SOURCES]
+    ended = promtool("test", "rules", *tests)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
@@ -401,10 +458,14 @@ def test_panels_outlive_the_machine_of_the_first_rank(tmp_path):
 
 
 def test_no_alert_is_left_out_of_the_rule_tests():
-    text = (catalogue.MONITORING / "alerts_test.yaml").read_text(encoding="utf-8")
-    tests = yaml.safe_load(text)["tests"]
-    healthy = {case["alertname"] for case in tests[0]["alert_rule_test"]}
+    texts = [
+        (catalogue.MONITORING / name.replace(".yaml", "_test.yaml")).read_text(encoding="utf-8")
+        for name in kubernetes.SOURCES
+    ]
+    files = [yaml.safe_load(text)["tests"] for text in texts]
+    healthy = {case["alertname"] for tests in files for case in tests[0]["alert_rule_test"]}
     assert healthy == set(ALERTS)
+    tests = [case for tests in files for case in tests]
     assert not any("exp_alerts" in case for case in tests[0]["alert_rule_test"])
     shown = {
         case["alertname"]
