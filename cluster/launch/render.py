@@ -145,7 +145,7 @@ def _chosen(given: str, folder: str, what: str) -> Path:
 def render_overlay(place: Place, kind: Kind, kubectl: Kubectl) -> Rendering:
     """The overlay with its components and the place's sizes, before a run is put into it."""
     with _folder() as folder:
-        return _render(place, kind, kubectl, folder, None)
+        return _render(place, kind, kubectl, folder, None)[0]
 
 
 def render(place: Place, submission: Submission, kubectl: Kubectl) -> Rendering:
@@ -156,8 +156,12 @@ def render(place: Place, submission: Submission, kubectl: Kubectl) -> Rendering:
             manifests, or they would not do what they say (``cluster.launch.lint``).
     """
     with _folder() as folder:
-        rendering = _render(place, submission.kind, kubectl, folder, submission)
-    _refuse_problems(rendering.documents)
+        rendering, plain = _render(place, submission.kind, kubectl, folder, submission)
+    # Monitors and policies that all jobs share may name what only the other job has.
+    chosen = _find_job(plain, submission.kind, place)
+    others = [d for d in plain if d["kind"] == "RayJob" and d is not chosen]
+    configs = [d for d in [_find_config(plain)] if d is not None]
+    _refuse_problems([*rendering.documents, *others, *configs])
     return rendering
 
 
@@ -167,7 +171,8 @@ def _folder() -> TemporaryDirectory[str]:
 
 def _render(
     place: Place, kind: Kind, kubectl: Kubectl, folder: str, submission: Submission | None
-) -> Rendering:
+) -> tuple[Rendering, list[Document]]:
+    """The rendering, and what the overlay is without what launch puts over it."""
     # Symbolic links on the way would make the relative paths wrong.
     top = Path(folder).resolve()
     bottom = _base(place, top)
@@ -177,7 +182,7 @@ def _render(
     write_kustomization(top, {**bottom, **_over(place, kind, plain, submission, top)})
     text = kubectl.kustomize(top)
     documents = tuple(_parse(text))
-    return Rendering(text, documents, _find_job(documents, kind, place))
+    return Rendering(text, documents, _find_job(documents, kind, place)), plain
 
 
 def write_kustomization(folder: Path, content: Mapping[str, object]) -> None:

@@ -114,7 +114,7 @@ def limits(container: Mapping[str, Any]) -> dict[str, Any]:
 def workers_of(group: Group) -> str:
     """What ``--workers`` says for a group: "16", or "8:16" where it is elastic."""
     low, high = group.low * group.ranks, group.high * group.ranks
-    return str(low) if low == high else f"{low}:{high}"
+    return f"{low}:{high}" if group.autoscales else str(low)
 
 
 def scaled(group: Mapping[str, Any], gpus: int) -> Iterator[tuple[str, object]]:
