@@ -251,10 +251,22 @@ def everything(output: Path, figure: Path) -> None:
     content = {
         "efficiency": efficiency(),
         "checks": published,
-        "rows": [asdict(row) for row in rows],
+        "rows": [_short(asdict(row)) for row in rows],
         "failures": lost,
     }
     write_result(output, before, content)
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Four digits are more than the model knows."""
+    return {
+        name: _short(value)
+        if isinstance(value, dict)
+        else float(f"{value:.4g}")
+        if isinstance(value, float)
+        else value
+        for name, value in row.items()
+    }
 
 
 def one(arguments: argparse.Namespace) -> None:

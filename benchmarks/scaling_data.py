@@ -110,10 +110,21 @@ def _dle(gpu: str, gpus: int, budget: int, rate: float, **values: object) -> Pub
     return Published(name, _DLE, "big", gpu, gpus, tokens, tokens / rate, **values)  # type: ignore[arg-type]
 
 
-def _mlperf(system: str, gpu: str, gpus: int, tokens: float, rate: float, gb: float) -> Published:
-    source = _MLPERF.format(system)
-    name = f"MLPerf v0.7, {gpus} x {gpu}"
-    return Published(name, source, "big", gpu, gpus, tokens, tokens / rate, network_gb=gb)
+def _mlperf(
+    system: str, gpu: str, gpus: int, tokens: float, rate: float, gb: float, per_node: int = 8
+) -> Published:
+    source, name = _MLPERF.format(system), f"MLPerf v0.7, {gpus} x {gpu}"
+    return Published(
+        name,
+        source,
+        "big",
+        gpu,
+        gpus,
+        tokens,
+        tokens / rate,
+        gpus_per_node=per_node,
+        network_gb=gb,
+    )
 
 
 PUBLISHED = (
@@ -126,6 +137,8 @@ PUBLISHED = (
     _dle("v100-32", 16, 10_240, 517_227, gpus_per_node=16),
     # The second epoch of each log: wpb and wps. 8 x HDR a node: NVIDIA/systems of the same place.
     _mlperf("dgx1", "v100-16", 8, 74_793, 352_453, 0),
+    # DGX-2H: 16 a node, of 450 W, 8 x EDR.
+    _mlperf("dgx2h_n10", "v100-32", 160, 668_588, 6.82519e6, 800, per_node=16),
     _mlperf("dgxa100", "a100-40", 8, 100_937, 810_800, 0),
     _mlperf("dgxa100_n2", "a100-40", 16, 100_771, 1.47237e6, 1600),
     _mlperf("dgxa100_n10", "a100-40", 80, 668_546, 7.17176e6, 1600),
