@@ -241,7 +241,7 @@ def matches(selector: Document, labels: Mapping[str, str]) -> bool:
         key, values = labels.get(rule["key"]), rule.get("values") or ()
         fulfilled = {
             "In": key in values,
-            "NotIn": key not in values,
+            "NotIn": key not in values,  # codespell:ignore
             "Exists": key is not None,
             "DoesNotExist": key is None,
         }[rule["operator"]]
