@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     metavar="GBIT/S",
     help="With --cluster: speed of a machine's network, where it cannot be seen (in pods).",
 )
+@click.option("--expect", type=click.IntRange(min=1), hidden=True)
 @place_options
 @json_option
 def doctor(
@@ -58,6 +59,7 @@ def doctor(
     on: str | None,
     all_reduce: bool,
     link_gbits: float | None,
+    expect: int | None,
     as_json: bool,
     **place_values: Any,
 ) -> None:
@@ -87,7 +89,7 @@ def doctor(
     else:
         findings = _here(config, runs)
         if on is not None:
-            findings = _chained(findings, _inside(config, runs, all_reduce, link_gbits))
+            findings = _chained(findings, _inside(config, runs, all_reduce, link_gbits, expect))
     counts = {"ok": 0, "warning": 0, "failure": 0}
     told: list[dict[str, Any]] = []
     title = ""
@@ -143,11 +145,15 @@ def _here(config: RunConfig, runs: Path) -> Findings:
             yield "Storage", check
 
 
-def _inside(config: RunConfig, runs: Path, all_reduce: bool, link_gbits: float | None) -> Findings:
+def _inside(
+    config: RunConfig, runs: Path, all_reduce: bool, link_gbits: float | None, expect: int | None
+) -> Findings:
     """The Ray cluster, from one of its machines."""
     from cluster.doctor import cluster
 
-    for check in cluster.checks(config, runs=runs, with_all_reduce=all_reduce, gbits=link_gbits):
+    for check in cluster.checks(
+        config, runs=runs, with_all_reduce=all_reduce, gbits=link_gbits, expected=expect
+    ):
         yield "Cluster", check
 
 

@@ -20,6 +20,7 @@ from data_shards.errors import UserError
 from trainer.config import RunConfig
 
 _START_S = 60.0
+_DEVICES_S = 60.0
 _ANSWER_S = 30.0
 _SHARED_S = 10.0
 _LATE_S = 1.0
@@ -41,9 +42,19 @@ def checks(
     runs: Path,
     with_all_reduce: bool = True,
     gbits: float | None = None,
+    expected: int | None = None,
     join_s: float = all_reduce.JOIN_S,
 ) -> Iterator[Check]:
-    """Connect, compare the machines with each other, and measure an all-reduce."""
+    """Connect, compare the machines with each other, and measure an all-reduce.
+
+    Args:
+        config: for the folders, and the size of the gradients.
+        runs: the folder of runs, which all machines should share.
+        with_all_reduce: measure; else only look.
+        gbits: of the links between machines, where the user knows better.
+        expected: devices that were asked for; waited for a while.
+        join_s: how long to wait for the ranks of a group.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     if address in {"", "local"}:  # else we would start a Ray of our own and look at that
         mend = "set it to the head's HOST:6379, or to auto on one of the cluster's machines"
@@ -52,6 +63,8 @@ def checks(
     try:
         connection = connect(min_cpus=1, threads=1, dashboard_port=None)
         with connection as session:
+            if expected is not None and (missing := await_devices(expected)):
+                yield missing
             yield from _checks(config, session.dashboard_url, runs, with_all_reduce, gbits, join_s)
     except UserError as error:
         found, _, mend = str(error).partition(": start it with")
@@ -98,6 +111,25 @@ def _checks(
         yield from all_reduce.checks(
             nodes, gradient_bytes=gradient_bytes(config), gbits=gbits, join_s=join_s
         )
+
+
+def await_devices(expected: int, patience_s: float = _DEVICES_S) -> Check | None:
+    """Machines may still be on their way; what is wrong if they do not come."""
+    import ray
+
+    deadline = time.monotonic() + patience_s
+    while True:
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU") else "CPU"
+        found = int(resources.get(kind, 0))
+        if found >= expected:
+            return None
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    mend = "see why the other machines do not come (kubectl describe pods, their Ray's log)"
+    said = f"{found} of {expected} {kind}s after {patience_s:g} s"
+    return Check("workers", "failure", said, mend)
 
 
 def _start(nodes: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[Check]]:

@@ -39,6 +39,9 @@ def submission(
         arguments.append("--no-all-reduce")
     if gbits is not None:
         arguments += ["--link-gbits", f"{gbits:g}"]
+    workers = target.workers()
+    if workers is not None:  # "2", or "1:4", whose least must be there
+        arguments += ["--expect", workers.partition(":")[0]]
     return Submission(RUN, "doctor", tuple(arguments), config_text)
 
 

@@ -53,6 +53,7 @@ if __name__ == "__main__":
     config = load_config(None, (f"data.root={runs}/data", "model.preset=tiny"))
     with connect(min_cpus=2, threads=1, dashboard_port=None) as session:
         tell("whole", cluster._checks(config, session.dashboard_url, runs, True, None, 20.0))
+        tell("waiting", filter(None, [cluster.await_devices(1), cluster.await_devices(99, 0.1)]))
         node.Rank = Absent
         cloudpickle.register_pickle_by_value(sys.modules["__main__"])
         tell("absent", all_reduce.checks(ray.nodes(), gradient_bytes=1, join_s=2.0))
@@ -90,6 +91,9 @@ def test_a_cluster_of_one_machine_and_a_rank_that_does_not_join(tmp_path: Path) 
     assert within.found.startswith(("2 ranks, ", "4 ranks, "))
     assert "B/s on the bus" in within.found
     assert "of the configured model over" in whole["gradients"].found
+    waiting = found["waiting", "workers"]
+    assert waiting.outcome == "failure"
+    assert re.match(r"\d of 99 CPUs after 0.1 s", waiting.found)
     [absent] = [check for (title, _), check in found.items() if title == "absent"]
     assert absent.outcome == "failure"
     assert re.match(r"rank 1 on [0-9.]+ did not join: it did not begin in 2 s$", absent.found)

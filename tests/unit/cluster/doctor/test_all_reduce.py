@@ -11,7 +11,7 @@ from cluster.doctor import links, node
 from cluster.doctor.all_reduce import Measured, blame, gradients, judge, slow_machines
 from cluster.doctor.links import Link
 
-_NO_LINKS = {"name": "eth0", "gbits": None, "physical": False, "infiniband": []}
+_NO_LINKS: dict[str, Any] = {"name": "eth0", "gbits": None, "physical": False, "infiniband": []}
 
 
 def said(gpu: str | None = None, *, nvlinks: int = 0, **about: Any) -> dict[str, Any]:

@@ -29,6 +29,9 @@ class FakeTarget:
     def describe(self) -> str:
         return "a cluster"
 
+    def workers(self) -> str:
+        return "2:8"
+
     def preflight(self, submission: Submission) -> Iterator[Check]:
         yield _GOOD
         raise UserError("kubectl cannot reach the cluster: correct --context")
@@ -98,5 +101,5 @@ def test_what_is_submitted(given: bool) -> None:
     arguments = " ".join(job.arguments)
     assert arguments.startswith("doctor --on-cluster --json --runs /mnt/babelray/runs")
     assert ("--set data.root=/mnt/babelray/data" in arguments) is not given
-    assert arguments.endswith("--no-all-reduce --link-gbits 200")
+    assert arguments.endswith("--no-all-reduce --link-gbits 200 --expect 2")
     assert job.kind == "doctor"

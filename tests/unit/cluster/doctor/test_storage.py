@@ -149,7 +149,7 @@ def test_a_storage_that_loses_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: dict[str, object], said: str
 ) -> None:
     real = Storage.of(tmp_path)
-    monkeypatch.setattr(doctor.Storage, "of", lambda where: Forgetful(real, **methods))
+    monkeypatch.setattr(Storage, "of", lambda where: Forgetful(real, **methods))
     check = look(tmp_path)["runs"]
     assert check.outcome == "failure"
     assert said in check.found
@@ -158,7 +158,7 @@ def test_a_storage_that_loses_files(
 def test_a_storage_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Storage.of(tmp_path)
     hanging = Forgetful(real, write=lambda name, data: time.sleep(1))
-    monkeypatch.setattr(doctor.Storage, "of", lambda where: hanging)
+    monkeypatch.setattr(Storage, "of", lambda where: hanging)
     monkeypatch.setattr(doctor, "_PATIENCE_S", 0.05)
     [check] = look(tmp_path).values()
     assert check.outcome == "failure"
