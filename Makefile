@@ -24,6 +24,9 @@ NODES ?=
 GPUS ?=
 IMAGE ?= $(shell cat .image 2>/dev/null)
 NAMESPACE ?=
+VARIANT ?= gpu
+PUSH ?=
+BUILD_ARGS ?=
 STORAGE ?=
 PYTEST ?=
 SEED ?=
@@ -108,6 +111,12 @@ data: setup ## Prepare the corpus of CONFIG
 .PHONY: train
 train: setup ## Train CONFIG as run NAME with WORKERS workers (each optional)
 	@$(TRAIN) --config $(CONFIG)
+
+# IMAGE as .image has it is one that was pushed, by digest: no name to build under.
+.PHONY: image
+image: ## Build the container image IMAGE (VARIANT=gpu|cpu); PUSH=1 pushes it, and make launch then uses it
+	@IMAGE='$(if $(filter file,$(origin IMAGE)),,$(IMAGE))' VARIANT='$(VARIANT)' PUSH='$(PUSH)' \
+		BUILD_ARGS='$(BUILD_ARGS)' k8s/build-image.sh
 
 .PHONY: launch
 launch: setup ## Train CONFIG as run NAME on Kubernetes, or on the Ray cluster at RAY_ADDRESS
@@ -194,7 +203,8 @@ lint: setup ## Check style, types, layers, spelling and scripts; changes nothing
 	@$(BIN)/lint-imports
 	@$(BIN)/codespell
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck .ci/run
+	@$(BIN)/shellcheck .ci/run k8s/*.sh
+	@$(BIN)/hadolint Dockerfile
 
 .PHONY: format
 format: setup ## Put the code into its format and mend what ruff can
