@@ -79,6 +79,7 @@ def doctor(
     if on is None and (given := [name for name, value in place_values.items() if value]):
         raise click.UsageError(f"--{given[0].removesuffix('s')} is for --cluster")
     from cluster.doctor import limits, remote
+    from cluster.launch.order import choose_place
     from trainer.config import load_config
 
     settings = with_mirror(settings, mirror)
@@ -88,6 +89,8 @@ def doctor(
         findings = _sent(config_file, settings, all_reduce, link_gbits, place_values)
     else:
         findings = _here(config, runs)
+        if on == "cluster":
+            choose_place(**place_values)  # refuses what is for Kubernetes alone
         if on is not None:
             findings = _chained(findings, _inside(config, runs, all_reduce, link_gbits, expect))
     counts = {"ok": 0, "warning": 0, "failure": 0}

@@ -85,10 +85,9 @@ def _checks(
     nodes = [node for node in ray.nodes() if node["Alive"]]
     dead = [node for node in ray.nodes() if not node["Alive"]]
     totals = ray.cluster_resources()
-    found = (
-        f"{len(nodes)} machines, {totals.get('GPU', 0):g} GPUs, {totals.get('CPU', 0):g} CPUs for "
-        "workers"
-    )
+    machines = f"{len(nodes)} machine{'s' * (len(nodes) > 1)}"
+    devices = f"{totals.get('GPU', 0):g} GPUs, {totals.get('CPU', 0):g} CPUs for workers"
+    found = f"{machines}, {devices}"
     yield Check("Ray cluster", "ok", found + (f" ({len(dead)} that are gone)" if dead else ""))
     yield authentication(os.environ.get("RAY_AUTH_MODE"), nodes, _mode(dashboard_url))
     actors, silent = _start(nodes)

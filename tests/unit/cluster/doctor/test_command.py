@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from cluster.checks import Check
 from cluster.commands.doctor import doctor
 from cluster.doctor import limits, machine, remote, software
+from data_shards.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,25 @@ def test_options_of_the_cluster_alone_are_refused() -> None:
     result = invoke("--overlay", "gpu")
     assert result.exit_code == 2
     assert "--overlay is for --cluster" in result.output
+
+
+def test_options_of_kubernetes_are_refused_for_a_ray_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    result = invoke("--cluster", "--overlay", "gpu")
+    assert isinstance(result.exception, UserError)
+    assert "--overlay" in str(result.exception)
+
+
+def test_a_cluster_that_only_takes_jobs_and_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    result = invoke("--cluster")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[0] == "Cluster", "this machine does not matter then"
+    assert "no Ray Jobs API answers" in result.output
 
 
 @pytest.mark.parametrize(
