@@ -218,7 +218,7 @@ def not_installed(program: str) -> KubectlError:
 def complaint(stderr: str, kubectl: Kubectl) -> KubectlError:
     """What kubectl wrote when it failed, as an error whose message has the mend."""
     said = "\n".join(line for line in _NOISE.sub("", stderr).splitlines() if line.strip())
-    last = said.strip() or stderr.strip()[-400:] or "kubectl failed and did not say why"
+    last = said.strip() or "it failed and did not say why"
     where = f"context {kubectl.context}" if kubectl.context else "the current context"
     if _BAD_FILE.search(stderr):
         return KubectlError("no context", f"kubectl cannot read its configuration: {last}")

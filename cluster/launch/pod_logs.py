@@ -172,12 +172,15 @@ def remote_lines(kubectl: Kubectl, arguments: list[str]) -> Iterator[tuple[str, 
                 yield held, None
             held = line.rstrip("\r\n")
         status = process.wait()
-    said = re.fullmatch(r"command terminated with exit code (\d+)", held or "")
+    # The command's last line may have had no end.
+    said = re.search(r"command terminated with exit code (\d+)$", held or "")
     if status == 0:
         if held is not None:
             yield held, None
         yield "", 0
-    elif said:
+    elif said and held is not None:
+        if before := held[: said.start()]:
+            yield before, None
         yield "", int(said[1])
     else:
         yield held or "", -1
