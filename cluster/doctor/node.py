@@ -30,6 +30,8 @@ class Node:
         import sys
         from importlib import metadata, util
 
+        import ray
+
         versions: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:3]))}
         for package in _PACKAGES:
             try:
@@ -47,7 +49,7 @@ class Node:
             "gpus": _gpu_names(),
             "shared_memory": shared,
             "user": os.geteuid(),
-            "health": _health_settings(),
+            "health": _health_settings(ray.get_runtime_context().get_node_id()),
         }
 
     def write(self, folder: str, name: str, content: str) -> str | None:
@@ -98,14 +100,16 @@ def _gpu_names() -> list[str]:
     return names
 
 
-def _health_settings() -> dict[str, str] | None:
-    """RAY_health_check_... of the GCS, where this is the head's machine and it may be looked at."""
+def _health_settings(node_id: str) -> dict[str, str] | None:
+    """RAY_health_check_... of the GCS, if this node is the head and it may be looked at."""
     import psutil
 
     for process in psutil.process_iter(["name"]):
         if process.info["name"] != "gcs_server":
             continue
         try:
+            if f"--node-id={node_id}" not in process.cmdline():
+                continue  # of another cluster on this machine
             environment = process.environ()
         except psutil.Error:
             continue
