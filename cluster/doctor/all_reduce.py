@@ -22,6 +22,7 @@ JOIN_S = 45.0
 _START_S = 60.0
 _MEASURE_S = 90.0
 _POLL_S = 0.1
+_END_S = 3.0
 
 # More would say little more about a CPU, and take its cores.
 _MOST_CPU_RANKS = 4
@@ -95,6 +96,9 @@ def checks(
             return
         yield from _measurements(places, gradient_bytes, gbits, join_s)
     finally:
+        ended = [place.actor.end.remote() for place in places]
+        if ended:
+            ray.wait(ended, num_returns=len(ended), timeout=_END_S)
         for place in places:
             ray.kill(place.actor)
 

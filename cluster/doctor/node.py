@@ -304,6 +304,8 @@ def measure(sizes: Sequence[int], *, on_gpu: bool, budget_s: float = 0.4) -> dic
     seconds, right = [], True
 
     def turn(tensor: Any) -> float:
+        if on_gpu:
+            torch.cuda.synchronize()  # what fills the tensor is not to be counted
         began = time.perf_counter()
         distributed.all_reduce(tensor)
         if on_gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from cluster.doctor.machine import num_gpus
 _PATIENCE_S = 90.0
 _END_S = 3.0
 
+_ROOT = Path(__file__).resolve().parents[2]
+
 # A product of random matrices, relative to float64; several times what the format itself loses.
 _LARGEST_ERRORS = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
 
@@ -33,13 +36,20 @@ class Probe:
     """The process; ``findings`` waits for its end. It goes with the block."""
 
     def __init__(self, command: Sequence[str] | None = None, *, patience_s: float = _PATIENCE_S):
-        command = command or [sys.executable, "-m", "cluster.doctor.probe"]
+        # Not from the working directory, where a user may have a folder of one of our names.
+        command = command or [sys.executable, "-P", "-m", "cluster.doctor.probe"]
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self._deadline = time.monotonic() + patience_s
         self._patience_s = patience_s
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdout=self._output, stderr=self._errors, stdin=subprocess.DEVNULL
+            command,
+            stdout=self._output,
+            stderr=self._errors,
+            stdin=subprocess.DEVNULL,
+            env=environment,
         )
 
     def __enter__(self) -> Self:

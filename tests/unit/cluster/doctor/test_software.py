@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,22 @@ def test_what_is_not_installed() -> None:
     assert check == Check(
         "Ray", "failure", "cannot be imported: ImportError: no", "pip install -r requirements.lock"
     )
+
+
+def test_the_libraries_of_this_machine_from_a_folder_with_names_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a folder called model/ shall not have it imported."""
+    for name in ("cluster", "trainer", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with software.Probe() as probe:
+        findings, problem = probe.findings()
+    assert problem is None
+    found = {check.name: check for check in software.checks(findings, problem, precision="fp32")}
+    assert {"torch", "CUDA", "DeepSpeed", "Ray"} <= set(found)
+    assert found["DeepSpeed"].outcome == found["Ray"].outcome == "ok"
 
 
 def torch(driver: str | None, present: int, **changes: Any) -> list[Check]:
