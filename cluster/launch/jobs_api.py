@@ -21,8 +21,8 @@ from data_shards.errors import UserError
 
 _CONNECT_S = 10.0
 _ANSWER_S = 60.0
-# A connection that no longer carries anything is found out after this long.
-_HEARTBEAT_S = 20.0
+# A connection that no longer carries anything is found out after one and a half of these.
+_HEARTBEAT_S = 40.0
 
 _HEADERS_VARIABLE = "RAY_JOB_HEADERS"
 _MEND_ACCESS = (

@@ -49,7 +49,8 @@ _PHASES: dict[str, Phase] = {
 }
 _POLL_S = 1.0
 _QUICK_POLL_S = 0.25
-# How long whoever follows a job bears that nobody answers.
+# How long whoever follows a job bears that nobody answers: without a word, and at all.
+_SILENCE_S = 10.0
 _PATIENCE_S = 300.0
 _LOG_ATTEMPTS = 3
 # What ``run`` runs is no job of a run's, and not worth a line in the cluster's list for long.
@@ -193,7 +194,8 @@ class RayJobsTarget:
                         f"{error}\n  the job {job.id} may go on all the same; look again with "
                         f"babelray logs {job.run} --follow"
                     ) from None
-                waiting = "the cluster does not answer; trying again"
+                if time.monotonic() - silent_since > _SILENCE_S:
+                    waiting = "the cluster does not answer; trying again"
             log.cut()
             if waiting and waiting != told:
                 told = waiting
