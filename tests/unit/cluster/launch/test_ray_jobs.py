@@ -504,7 +504,7 @@ def test_a_job_that_is_not_taken(head: Head, target: RayJobsTarget, path: str) -
         head.statuses[path] = [(200, "[]"), (404, "")]
         expected = "takes no jobs"
     else:
-        head.statuses |= {f"{path}{pack(TRAIN.config).uri[6:]}": [(404, ""), (500, "too large")]}
+        head.statuses |= {f"{path}{_PACK(TRAIN.config).uri[6:]}": [(404, ""), (500, "too large")]}
         expected = "took no upload: 500 .*: too large"
     with pytest.raises(UserError, match=expected):
         target.submit(TRAIN)
