@@ -153,16 +153,11 @@ def _start(nodes: Sequence[Mapping[str, Any]]) -> tuple[list[Place], list[Check]
 def _measurements(
     places: Sequence[Place], gradient_bytes: int, gbits: float | None, join_s: float
 ) -> Iterator[Check]:
-    import ray
-
-    hellos: list[Mapping[str, Any]] = []
-    asked = [place.actor.hello.remote(place.address) for place in places]
-    try:
-        hellos = ray.get(asked, timeout=_START_S)
-    except ray.exceptions.RayError as error:
-        said = str(error).strip().splitlines()[-1]
-        mend = "torch must be installed there and work: babelray doctor on that machine says more"
-        yield Check("all-reduce", "failure", f"a rank cannot start: {said}", mend)
+    hellos, silent = _hellos(places)
+    if silent:
+        mend = "look at that machine; torch must work there: run babelray doctor on it"
+        each = "; ".join(f"a rank on {address}: {why}" for address, why in silent.items())
+        yield Check("all-reduce", "failure", f"did not join: {each}", mend)
         return
     about = dict(zip((place.actor for place in places), hellos, strict=True))
     on_gpu = hellos[0]["gpu"] is not None
@@ -189,6 +184,24 @@ def _measurements(
             yield from _slow_machines(machines, sizes[-2], join_s)
     assert measured is not None, "there are two ranks, of one machine or of several"
     yield gradients(measured, gradient_bytes)
+
+
+def _hellos(places: Sequence[Place]) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+    """What each rank computes on; why a machine's did not answer."""
+    import ray
+
+    asked = [place.actor.hello.remote(place.address) for place in places]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=_START_S)
+    hellos, silent = [], {}
+    for place, reference in zip(places, asked, strict=True):
+        if reference not in ready:
+            silent[place.address] = f"no answer within {_START_S:g} s"
+            continue
+        try:
+            hellos.append(ray.get(reference))
+        except ray.exceptions.RayError as error:
+            silent[place.address] = str(error).strip().splitlines()[-1]
+    return hellos, silent
 
 
 def _by_machine(places: Sequence[Place]) -> dict[str, list[Place]]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,18 @@ def test_a_package_that_is_absent_or_too_old(
     assert check.outcome == "failure"
     assert check.found.startswith("missing: never-installed; other versions: click ")
     assert "ray" not in check.found
+
+
+def test_code_that_was_sent_without_its_project(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def not_installed(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", not_installed)
+    monkeypatch.setattr(machine, "_CHECKOUT", tmp_path)
+    check = machine.packages(tmp_path / "none")
+    assert (check.outcome, "came with the job" in check.found) == ("ok", True)
 
 
 def test_threads_beyond_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
