@@ -50,6 +50,7 @@ _FORBIDDEN = re.compile(
 _NO_KIND = re.compile(
     r"doesn't have a resource type \"?(\S+?)\"?$|no matches for kind \"(\S+)\"", re.M
 )
+_FAILED = re.compile(r'^E\d{4} .*"command failed" err="(.*)"$', re.MULTILINE)
 _NOISE = re.compile(r"^(?:[EWI]\d{4} .*|Warning: .*|Please enter Username:\s*)$", re.MULTILINE)
 
 
@@ -217,6 +218,8 @@ def not_installed(program: str) -> KubectlError:
 
 def complaint(stderr: str, kubectl: Kubectl) -> KubectlError:
     """What kubectl wrote when it failed, as an error whose message has the mend."""
+    # What kustomize complains of comes as a line of a log.
+    stderr = _FAILED.sub(r"\1", stderr)
     said = "\n".join(line for line in _NOISE.sub("", stderr).splitlines() if line.strip())
     last = said.strip() or "it failed and did not say why"
     where = f"context {kubectl.context}" if kubectl.context else "the current context"

@@ -8,10 +8,9 @@ its folder can be kept and applied with kubectl alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from cluster.launch.kubectl import Kubectl
+from cluster.launch.patches import change, deletion, escape, names_of, patch, renamed, strings
 from cluster.launch.sizes import (
     Group,
     group_index,
@@ -220,21 +220,21 @@ def _over(
     changes = _sizes(place, kind, job, submission)
     if submission is None:
         if changes:
-            patches.append(_patch(job, changes))
+            patches.append(patch(job, changes))
         return content
     old, new = str(job["metadata"]["name"]), job_name(submission.run, kind)
     config = _find_config(documents)
     names = {old: new}
-    is_mounted = config is not None and config["metadata"]["name"] in set(_strings(job["spec"]))
+    is_mounted = config is not None and config["metadata"]["name"] in set(strings(job["spec"]))
     if submission.config is not None and not is_mounted:
         raise UserError(
             f"the RayJob {old} of the overlay {place.overlay or DEFAULT_OVERLAY} mounts no "
             "ConfigMap with the key run.yaml: the run's configuration would not reach the cluster"
         )
     if config is not None:
-        patches.append(_deletion(config))
+        patches.append(deletion(config))
     if config is not None and is_mounted:
-        names |= dict.fromkeys(_names(config), new)
+        names |= dict.fromkeys(names_of(config), new)
         content["configMapGenerator"] = [_config_map(new, submission, folder)]
         if namespace := job["metadata"].get("namespace"):
             content["namespace"] = namespace
@@ -242,15 +242,15 @@ def _over(
         if document.get("kind") not in _PER_RUN:
             continue
         if document is job:
-            changes += list(_renamed(document, names))
+            changes += list(renamed(document, names))
             changes += _identity(document, new, submission)
-            patches.append(_patch(document, changes))
+            patches.append(patch(document, changes))
         elif _belongs(document, old, kind):
-            more = [*_renamed(document, names), *_identity(document, new, submission)]
-            more += [_set("/metadata/name", new)]
-            patches.append(_patch(document, more))
+            more = [*renamed(document, names), *_identity(document, new, submission)]
+            more += [change("/metadata/name", new)]
+            patches.append(patch(document, more))
         else:
-            patches.append(_deletion(document))
+            patches.append(deletion(document))
     return content
 
 
@@ -258,25 +258,25 @@ def _belongs(document: Document, job: str, kind: Kind) -> bool:
     """Whether a disruption budget is the job's; a check of a minute needs none."""
     if document["kind"] != "PodDisruptionBudget" or kind == "doctor":
         return False
-    return job in set(_strings(document))
+    return job in set(strings(document))
 
 
 def _identity(document: Document, name: str, submission: Submission) -> list[dict[str, object]]:
     """The changes that say whose object it is, and what a RayJob runs."""
     metadata = document["metadata"]
     changes: list[dict[str, object]] = [
-        _set(f"/metadata/{field}", {})
+        change(f"/metadata/{field}", {})
         for field in ("labels", "annotations")
         if not metadata.get(field)
     ]
     changes += [
-        _set(f"/metadata/labels/{_escape(INSTANCE_LABEL)}", name),
-        _set(f"/metadata/annotations/{_escape(RUN_ANNOTATION)}", submission.run),
+        change(f"/metadata/labels/{escape(INSTANCE_LABEL)}", name),
+        change(f"/metadata/annotations/{escape(RUN_ANNOTATION)}", submission.run),
     ]
     if document["kind"] == "RayJob":
-        changes.append(_set("/spec/entrypoint", entrypoint(submission)))
+        changes.append(change("/spec/entrypoint", entrypoint(submission)))
         if submission.kind == "doctor":
-            changes.append(_set("/spec/backoffLimit", 0))
+            changes.append(change("/spec/backoffLimit", 0))
     return changes
 
 
@@ -320,10 +320,10 @@ def _sizes(
                 "number of workers: add --component elastic, or give one number"
             )
         for field, value in (("replicas", low), ("minReplicas", low), ("maxReplicas", high)):
-            changes.append(_set(f"{at}/{field}", value))
+            changes.append(change(f"{at}/{field}", value))
     if gpus is not None:
         spec = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][group_index(job)]
-        changes += [_set(at + path, value) for path, value in scaled(spec, gpus)]
+        changes += [change(at + path, value) for path, value in scaled(spec, gpus)]
     return changes
 
 
@@ -408,61 +408,6 @@ def _find_job(documents: Sequence[Document], kind: Kind, place: Place) -> Docume
             f"label {COMPONENT_LABEL}: {component}, and one is needed"
         )
     return found[0]
-
-
-def _names(config: Document) -> list[str]:
-    """How a generated ConfigMap may be called while kustomize works: the hash comes last."""
-    name = str(config["metadata"]["name"])
-    return [name, re.sub(r"-[0-9a-z]{10}$", "", name)]
-
-
-def _patch(document: Document, changes: Sequence[dict[str, object]]) -> dict[str, object]:
-    target = {"kind": document["kind"], "name": document["metadata"]["name"]}
-    patch = json.dumps(list(changes), ensure_ascii=False)
-    return {"target": target, "options": {"allowNameChange": True}, "patch": patch}
-
-
-def _deletion(document: Document) -> dict[str, object]:
-    kind, names = document["kind"], dict.fromkeys(_names(document))
-    body = {"$patch": "delete", "apiVersion": document["apiVersion"], "kind": kind}
-    body["metadata"] = {"name": document["metadata"]["name"]}
-    return {"target": {"kind": kind, "name": "|".join(names)}, "patch": json.dumps(body)}
-
-
-def _renamed(
-    value: object, names: Mapping[str, str], path: str = ""
-) -> Iterator[dict[str, object]]:
-    """Changes that put new names wherever a string is exactly an old one."""
-    if isinstance(value, str):
-        if value in names and names[value] != value:
-            yield _set(path, names[value])
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _renamed(inner, names, f"{path}/{_escape(str(key))}")
-    elif isinstance(value, Sequence):
-        for index, inner in enumerate(value):
-            yield from _renamed(inner, names, f"{path}/{index}")
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, Sequence):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def _escape(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")
-
-
-def _set(path: str, value: object) -> dict[str, object]:
-    # "add" replaces what a mapping has already; in a list only "replace" does.
-    op = "replace" if path.rpartition("/")[2].isdecimal() else "add"
-    return {"op": op, "path": path, "value": value}
 
 
 def _parse(text: str) -> list[Document]:
