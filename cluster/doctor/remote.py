@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 RUN = "doctor"
 
+# As it is seen from here.
+_OUTSIDE = "The cluster from outside"
+_TITLES = {"This machine": "The cluster's head"}
+
 # Of a job that told nothing, as much of its log is shown.
 _LAST_LINES = 5
 
@@ -49,9 +53,9 @@ def preflight(target: Target, job: Submission) -> Iterator[tuple[str, Check]]:
     """What the cluster lets this user do; ``title, check`` each."""
     try:
         for check in target.preflight(job):
-            yield "Cluster", check
+            yield _OUTSIDE, check
     except UserError as error:
-        yield "Cluster", _refused(error)
+        yield _OUTSIDE, _refused(error)
 
 
 def job_checks(
@@ -75,7 +79,8 @@ def job_checks(
                         found = parse(text)
                         if found is not None:
                             told = True
-                            yield found
+                            title, check = found
+                            yield _TITLES.get(title, title), check
                         elif text.strip():
                             last = [*last, text.strip()][-_LAST_LINES:]
                     case Ended(over):

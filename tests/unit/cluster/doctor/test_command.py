@@ -100,7 +100,9 @@ def test_a_cluster_that_only_takes_jobs_and_does_not_answer(
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     result = invoke("--cluster")
     assert result.exit_code == 1
-    assert result.output.splitlines()[0] == "Cluster", "this machine does not matter then"
+    assert result.output.splitlines()[0] == "The cluster from outside", (
+        "this machine does not matter then"
+    )
     assert "no Ray Jobs API answers" in result.output
 
 

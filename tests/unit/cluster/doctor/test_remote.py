@@ -58,9 +58,9 @@ def run(target: Any) -> tuple[list[tuple[str, Check]], list[str]]:
 
 
 def test_what_it_finds_there_is_passed_on() -> None:
-    line = remote.to_line("Cluster", _GOOD)
-    found, said = run(FakeTarget(["noise", line, '{"section": broken']))
-    assert found == [("Cluster", _GOOD)]
+    lines = [remote.to_line(title, _GOOD) for title in ("This machine", "Cluster")]
+    found, said = run(FakeTarget(["noise", *lines, '{"section": broken']))
+    assert found == [("The cluster's head", _GOOD), ("Cluster", _GOOD)]
     assert said[-1] == "waiting: 2 pods pending"
 
 
