@@ -55,7 +55,8 @@ def lint(documents: Sequence[Document]) -> list[Problem]:
     names: dict[str, set[str]] = defaultdict(set)
     for document in documents:
         names[document["kind"]].add(document["metadata"]["name"])
-    grace_s = _grace_s(documents)
+    config = _configuration(documents)
+    grace_s = _grace_s(documents, config)
     pods = [pod for document in documents for pod in pod_templates(document)]
     found: list[Problem] = []
     for document in documents:
@@ -63,6 +64,7 @@ def lint(documents: Sequence[Document]) -> list[Problem]:
             found += _job(document)
             found += _retries_and_words(document)
             found += _workers(document)
+            found += _lanes(document, config)
             found += _autoscaler(document)
         elif document["kind"] in _SELECTORS:
             found += _selector(document, pods)
@@ -315,16 +317,42 @@ def _autoscaler(document: Document) -> Iterator[Problem]:
             )
 
 
-def _grace_s(documents: Sequence[Document]) -> float:
-    """How long a rank may take to save: the longest that any configuration among them says."""
+def _configuration(documents: Sequence[Document]) -> dict[str, Any]:
+    """The run's configuration, which a ConfigMap holds; empty if none does."""
+    for document in documents:
+        if document["kind"] == "ConfigMap" and "run.yaml" in (document.get("data") or {}):
+            return yaml.safe_load(document["data"]["run.yaml"]) or {}
+    return {}
+
+
+def _lanes(document: Document, config: Document) -> Iterator[Problem]:
+    """Every rank takes a lane at least; the command would refuse more ranks."""
+    from data_shards.config import DataConfig
+
+    entrypoint = str(document["spec"].get("entrypoint", ""))
+    ranks = re.search(r"--workers (?:\d+:)?(\d+)", entrypoint)
+    if ranks is None:
+        return
+    told = re.findall(r"--set data\.lanes=(\d+)", entrypoint)
+    lanes = int(told[-1] if told else (config.get("data") or {}).get("lanes", DataConfig().lanes))
+    if int(ranks[1]) > lanes:
+        yield Problem(
+            "RayJob",
+            document["metadata"]["name"],
+            "spec.entrypoint",
+            f"{ranks[1]} workers, but the run has {lanes} lanes, and every worker takes one",
+            f"ask for fewer, or set data.lanes to {ranks[1]} at least",
+        )
+
+
+def _grace_s(documents: Sequence[Document], config: Document) -> float:
+    """How long a rank may take to save: the longest that configuration and entrypoints say."""
     from trainer.config import RecoveryConfig
 
     said = [RecoveryConfig().grace_s]
+    recovery = config.get("recovery") or {}
+    said += [float(recovery["grace_s"])] if "grace_s" in recovery else []
     for document in documents:
-        if document["kind"] == "ConfigMap":
-            config = yaml.safe_load((document.get("data") or {}).get("run.yaml", "")) or {}
-            recovery = config.get("recovery") or {}
-            said += [float(recovery["grace_s"])] if "grace_s" in recovery else []
         entrypoint = str((document.get("spec") or {}).get("entrypoint", ""))
         said += [float(value) for value in re.findall(r"recovery\.grace_s=([\d.]+)", entrypoint)]
     return said[0] if len(said) == 1 else max(said[1:])

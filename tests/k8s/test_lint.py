@@ -125,6 +125,10 @@ BROKEN: dict[str, Case] = {
         lambda r: entrypoint(r, "--workers 1", "--workers 2"),
         "spec.entrypoint", "room for 1", (),
     ),
+    "more ranks than lanes": (
+        lambda r: r["ConfigMap"]["data"].update({"run.yaml": "data: {lanes: 3}"}),
+        "spec.entrypoint", "the run has 3 lanes", ("elastic",),
+    ),
     "elastic workers on a fixed cluster": (
         lambda r: entrypoint(r, "--workers 1", "--workers 1:1"),
         "spec.entrypoint", "room for 1", (),

@@ -121,10 +121,17 @@ def test_elastic_workers_are_those_that_the_entrypoint_asks_for():
     assert evaluation == job(("gpu-multi-node", ()), "evaluation")
 
 
-def test_the_configuration_is_the_demos_and_valid():
-    text = (K8S / "base" / "run.yaml").read_text(encoding="utf-8")
-    assert text == (K8S.parent / "configs" / "tiny.yaml").read_text(encoding="utf-8")
-    parse_config(read_values(K8S / "base" / "run.yaml", ()), where="run.yaml")
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_configuration_is_valid(overlay, tmp_path):
+    (config,) = [one for one in render((overlay, ())) if one["kind"] == "ConfigMap"]
+    assert config["metadata"]["labels"]["app.kubernetes.io/component"] == "configuration"
+    text = config["data"]["run.yaml"]
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    parse_config(read_values(tmp_path / "run.yaml", ()), where="run.yaml")
+    same = {"cpu-smoke": "tiny", "gpu": "base", "spot": "base"}
+    if overlay in same:
+        file = K8S.parent / "configs" / f"{same[overlay]}.yaml"
+        assert text == file.read_text(encoding="utf-8")
 
 
 def test_an_image_and_a_configuration_of_ones_own(tmp_path):
