@@ -113,7 +113,7 @@ class RayJobsTarget:
         try:
             version = self._api.version()
         except UserError as error:
-            yield Check("Ray's Jobs API", "failure", "no use", str(error))
+            yield Check("Ray's Jobs API", "failure", "cannot be used", str(error))
             return
         yield Check("Ray's Jobs API", "ok", f"answers at {self._api.shown}")
         yield check_ray(version)
