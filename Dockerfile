@@ -46,8 +46,9 @@ ENV DS_BUILD_OPS=0 \
 WORKDIR /build
 COPY requirements.lock pyproject.toml ./
 
-# The lock knows all that is installed; setuptools and wheel only build what comes as source (they
-# are not installed). DeepSpeed compiles none of its operators, now or later: there is no compiler.
+# The lock knows all that is installed but setuptools, which torch requires and which builds what
+# comes as source, with wheel (that is not installed). DeepSpeed compiles none of its operators, now or
+# later: there is no compiler.
 RUN case "${VARIANT}" in \
         cpu) index="${TORCH_INDEX-https://download.pytorch.org/whl/cpu}" ;; \
         gpu) index="${TORCH_INDEX-}" ;; \

@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tomllib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -29,7 +29,7 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _DOCKERFILE = _REPOSITORY / "Dockerfile"
 _BASE = "debian:bookworm-slim"
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-_BUILD_S, _RUN_S = 1500, 600
+_BUILD_S, _RUN_S = 1800, 900
 
 # As a pod of ours runs: a read-only root, no rights, no network; /tmp and the volumes are writable.
 _LOCKED_DOWN = shlex.split(
@@ -205,6 +205,15 @@ def _docker(*arguments: object, timeout: float = _RUN_S) -> str:
     return done.stdout.strip()
 
 
+def _inside(image: str, *command: str, options: Sequence[str] = ()) -> str:
+    """What a command writes in a new container, which is gone afterwards whatever happens."""
+    name = f"babelray-test-{uuid.uuid4().hex[:8]}"
+    try:
+        return _docker("run", f"--name={name}", *_LOCKED_DOWN, *options, image, *command)
+    finally:
+        _docker("rm", "--force", name)
+
+
 def _has(*command: str) -> bool:
     """Whether the command is there and ends well."""
     try:
@@ -341,7 +350,7 @@ def volumes() -> Iterator[list[str]]:
 @pytest.mark.timeout(_BUILD_S + 2 * _RUN_S)
 def test_demo_trains_with_a_read_only_root(image: str, volumes: list[str]) -> None:
     def babelray(*arguments: str) -> str:
-        return _docker("run", "--rm", *_LOCKED_DOWN, *volumes, image, "babelray", *arguments)
+        return _inside(image, "babelray", *arguments, options=volumes)
 
     assert babelray("--version") == f"babelray {_default('VERSION')}"
     config = ("--config", "configs/tiny.yaml")
@@ -353,9 +362,7 @@ def test_demo_trains_with_a_read_only_root(image: str, volumes: list[str]) -> No
     assert bleu
     assert float(bleu[1]) > 80, scores
     babelray("report", "demo")
-    owner = _docker(
-        "run", "--rm", *_LOCKED_DOWN, *volumes, image, "stat", "-c%u", "runs/demo/report.html"
-    )
+    owner = _inside(image, "stat", "-c%u", "runs/demo/report.html", options=volumes)
     assert owner == "10001"
 
 
@@ -365,8 +372,7 @@ def test_head_starts_as_kuberay_starts_it(image: str) -> None:
     """With its command, its probes, its check before a worker starts, and its way to submit."""
     start = "ulimit -n 65536; ray start --head --block --num-cpus=0 --dashboard-host=0.0.0.0"
     command = f"{start} --metrics-export-port=8080 --dashboard-agent-listen-port=52365"
-    limits = ("--memory=4g", "--ulimit=nofile=65536:65536")
-    head = _docker("run", "--detach", *_LOCKED_DOWN, *limits, image, "bash", "-lc", "--", command)
+    head = _docker("run", "--detach", *_LOCKED_DOWN, image, "bash", "-lc", "--", command)
     try:
 
         def inside(script: str) -> str:
@@ -406,22 +412,22 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.timeout(_BUILD_S + _RUN_S)
 def test_only_locked_packages_and_nothing_to_compile_with(image: str) -> None:
-    def inside(*command: str) -> str:
-        return _docker("run", "--rm", *_LOCKED_DOWN, image, *command)
-
-    found = json.loads(inside("python3", "-c", _INVENTORY))
-    versions = {canonicalize_name(name): at for name, at in found["versions"].items()}
+    found = json.loads(_inside(image, "python3", "-c", _INVENTORY))
+    versions = {str(canonicalize_name(name)): at for name, at in found["versions"].items()}
     assert versions.pop("babelray") == _default("VERSION")
     assert versions["torch"].endswith("+cpu")
-    locked = _locked()
+    # The lock leaves out what comes with pip itself; the Dockerfile says which it is.
+    locked = _locked() | {
+        "setuptools": re.findall(r"setuptools==(\S+);", _DOCKERFILE.read_text())[0]
+    }
     assert {name: at for name, at in versions.items() if at.split("+")[0] != locked.get(name)} == {}
     assert not versions.keys() & {"pytest", "ruff", "mypy", "moto", "playwright", "pip"}
 
     # One of torch's own tests, in the syntax of Python 3.12.
     assert found["uncompiled"] == ["torch/testing/_internal/py312_intrinsics.py"]
     tools = "for tool in cc gcc c++ nvcc ninja pip; do command -v $tool; done; true"
-    assert inside("bash", "-lc", tools) in ("", "/opt/babelray/bin/ninja")
-    assert inside("id", "-u") == "10001"
+    assert _inside(image, "bash", "-lc", tools) in ("", "/opt/babelray/bin/ninja")
+    assert _inside(image, "id", "-u") == "10001"
 
 
 @pytest.mark.slow
