@@ -113,15 +113,14 @@ class JobsApi:
         """All that the job has written so far."""
         return str(_dig(self._json("GET", f"/api/jobs/{job}/logs"), "logs") or "")
 
-    def upload(self, uri: str, content: bytes) -> bool:
-        """Bring a package, gcs://NAME, to the cluster unless it is there; whether it was not."""
+    def upload(self, uri: str, content: bytes) -> None:
+        """Bring a package, gcs://NAME, to the cluster unless it is there."""
         path = f"/api/packages/{uri.replace('://', '/')}"
         if self._request("GET", path).status_code == 200:
-            return False
+            return
         answer = self._request("PUT", path, data=content)
         if answer.status_code != 200:
             raise NoAnswerError(f"{self.shown} took no upload: {_said(answer)}")
-        return True
 
     def tail(self, job: str) -> Iterator[str]:
         """What the job writes, from its beginning until it is over, in pieces of any size.

@@ -26,6 +26,7 @@ from cluster.launch.jobs_api import JobsApi, NoAnswerError, without_password
 from cluster.launch.ray_address import jobs_url
 from cluster.launch.ray_checks import check_python, check_ray, check_room
 from cluster.launch.target import (
+    OVER,
     Ended,
     Job,
     Kind,
@@ -214,7 +215,7 @@ class RayJobsTarget:
         try:
             while True:
                 details = self._api.job(name)
-                is_over = details is None or _PHASES.get(details["status"]) in _OVER
+                is_over = details is None or _phase(details) in OVER
                 began = time.monotonic()
                 yield from log.read_all(self._api.logs(name))
                 if is_over:
@@ -289,7 +290,8 @@ class RayJobsTarget:
         }
 
 
-_OVER: frozenset[Phase | None] = frozenset({"succeeded", "failed", "stopped"})
+def _phase(details: dict[str, Any]) -> Phase:
+    return _PHASES.get(details["status"], "running")
 
 
 def _metadata(details: dict[str, Any]) -> dict[str, str]:
@@ -314,7 +316,7 @@ def _job(details: dict[str, Any]) -> Job:
         run=metadata.get(_RUN, ""),
         kind=kind if kind in {"train", "evaluate", "doctor"} else "train",  # type: ignore[arg-type]
         id=str(details["submission_id"]),
-        phase=_PHASES.get(details["status"], "running"),
+        phase=_phase(details),
         message=_message(details),
         facts=tuple((name, value) for name, value in facts.items() if value),
     )
