@@ -82,6 +82,7 @@ def checks(
         yield from _checks(name, storage, checkpoint_bytes, locks=locks, keep=keep)
     except TimedOutError:
         mend = "see whether its server is up and the network lets it through, or mount it again"
+        mend = _REMOTE_MEND if storage.folder is None else mend
         yield Check(name, "failure", f"{place}: no answer within {_PATIENCE_S:g} s", mend)
     except StorageError as error:
         yield _failure(name, storage, error)
@@ -104,6 +105,7 @@ def _checks(
     name: str, storage: Storage, checkpoint_bytes: int, *, locks: bool, keep: int
 ) -> Iterator[Check]:
     folder = storage.folder
+    answers = True
     there = folder is None or folder.is_dir()
     made_from = existing(folder) if folder is not None else None
     trial = f".doctor-{os.uname().nodename}-{uuid4().hex[:8]}"
@@ -115,9 +117,13 @@ def _checks(
             yield _sync(f"{name}: small writes", storage, trial)
             yield _room(f"{name}: room", folder, checkpoint_bytes, keep)
         yield _speed(f"{name}: speed", storage, trial, checkpoint_bytes)
+    except TimedOutError:
+        answers = False
+        raise
     finally:
-        with suppress(StorageError, TimedOutError):
-            limited(_PATIENCE_S, lambda: storage.remove(trial))
+        if answers:
+            with suppress(StorageError, TimedOutError):
+                limited(_PATIENCE_S, lambda: storage.remove(trial))
         if not there and folder is not None and made_from is not None:
             remove_empty(folder, above=made_from)
 

@@ -157,12 +157,14 @@ def test_a_storage_that_loses_files(
 
 def test_a_storage_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Storage.of(tmp_path)
-    hanging = Forgetful(real, write=lambda name, data: time.sleep(1))
+    asked: list[str] = []
+    hanging = Forgetful(real, write=lambda name, data: time.sleep(1), remove=asked.append)
     monkeypatch.setattr(Storage, "of", lambda where: hanging)
     monkeypatch.setattr(doctor, "_PATIENCE_S", 0.05)
     [check] = look(tmp_path).values()
     assert check.outcome == "failure"
     assert "no answer within 0.05 s" in check.found
+    assert asked == [], "it is not waited for a second time"
 
 
 def test_a_clock_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
