@@ -118,16 +118,15 @@ def launch(
     with errors_told(console), console:
         console.name(name)
         job = _launch(target, submission, config, runs, console, checks=not no_checks)
-        if detach:
-            console.say(f"watch it: babelray logs {name} --follow{runs_flag(runs)}")
-        else:
-            job = watch(target, job, config, console, runs)
+        over = None if detach else watch(target, job, config, console)
     if as_json:
-        print_json(dataclasses.asdict(job))
-    elif detach:
-        click.echo(job.id)
+        print_json(dataclasses.asdict(over or job))
     if not detach:
-        finish(job, runs)
+        finish(job, over, runs)
+        return
+    if not as_json:
+        click.echo(job.id)
+    say(f"watch it: babelray logs {name} --follow{runs_flag(runs)}")
 
 
 @click.command()
@@ -225,30 +224,37 @@ def check(target: Target, submission: Submission, console: Console) -> None:
         )
 
 
-def watch(target: Target, job: Job, config: RunConfig, console: Console, runs: Path) -> Job:
-    """Follow a training until it is over; Ctrl-C only ends the following."""
+def watch(target: Target, job: Job, config: RunConfig, console: Console) -> Job | None:
+    """Follow a training until it is over; Ctrl-C only ends the following, and gives None."""
     from cluster.launch.follow import follow_training
 
     console.begin()
     try:
-        over = follow_training(target.follow(job), config, console)
+        return follow_training(target.follow(job), config, console) or job
     except KeyboardInterrupt:
-        where = runs_flag(runs)
-        console.say(
-            f"not watched any more; {job.run} goes on. Watch: babelray logs {job.run} --follow"
-            f"{where}; end it: babelray stop {job.run}{where}"
-        )
-        raise click.exceptions.Exit(_INTERRUPTED) from None
-    return over or target.find(job.run, job.kind) or job
+        return None
 
 
-def finish(job: Job, runs: Path) -> None:
-    """Say how a job ended, and what comes next.
+def finish(job: Job, over: Job | None, runs: Path) -> None:
+    """Say how a job ended that was followed, and what comes next.
+
+    Args:
+        job: as it was found.
+        over: as it was at its end; None if it is not followed any more.
+        runs: the folder of runs here.
 
     Raises:
         RunFailedError: it failed.
+        click.exceptions.Exit: it is not followed any more.
     """
     where = runs_flag(runs)
+    if over is None:
+        say(
+            f"not watched any more; {job.run} goes on. Watch: babelray logs {job.run} --follow"
+            f"{where}; end it: babelray stop {job.run}{where}"
+        )
+        raise click.exceptions.Exit(_INTERRUPTED)
+    job = over
     if job.phase == "failed":
         why = f": {job.message}" if job.message else ""
         raise RunFailedError(

@@ -62,7 +62,7 @@ def logs(
         if follow and not (driver or failures) and rank is None:
             _watch(record, runs)
         else:
-            relay(record, "logs", given_arguments(), click.echo)
+            relay(record, "logs", given_arguments(), runs, click.echo)
         return
 
     run_dir = find_run(run, runs)
@@ -121,8 +121,8 @@ def _watch(record: Record, runs: Path) -> None:
         )
     config, _ = read_config(None, (), record.place, before=record.config)
     with open_console("auto") as console:
-        job = watch(target, job, config, console, runs)
-    finish(job, runs)
+        over = watch(target, job, config, console)
+    finish(job, over, runs)
 
 
 def _missing(run_dir: Path, rank: int | None) -> str:

@@ -59,7 +59,7 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
 
     def look() -> tuple[Any, str]:
         if record is not None:
-            return _launched_run(record, as_json=as_json)
+            return _launched_run(record, runs, as_json=as_json)
         return _all_runs(runs, known) if run is None else _one_run(_resolve(run, runs), known)
 
     if not watch:
@@ -114,7 +114,7 @@ def _elsewhere(runs: Path, seen: Collection[str]) -> list[str]:
     ]
 
 
-def _launched_run(record: Record, *, as_json: bool) -> tuple[Any, str]:
+def _launched_run(record: Record, runs: Path, *, as_json: bool) -> tuple[Any, str]:
     from cluster.launch.records import open_target
     from cluster.launch.remote import relay
 
@@ -124,7 +124,8 @@ def _launched_run(record: Record, *, as_json: bool) -> tuple[Any, str]:
     problem = None
     if job is not None:
         try:
-            relay(record, "status", (record.run, *(["--json"] if as_json else [])), lines.append)
+            arguments = (record.run, "--json") if as_json else (record.run,)
+            relay(record, "status", arguments, runs, lines.append)
         except UserError as error:
             problem = str(error)
         except click.exceptions.Exit as error:
@@ -133,7 +134,7 @@ def _launched_run(record: Record, *, as_json: bool) -> tuple[Any, str]:
     head = f"{record.run}: {'no job' if job is None else _in_words_of(job)} on {target.describe()}"
     if job is None:
         where = "it was removed there; what the run saved stays"
-        return value, f"{head} ({where})\ngo on: babelray resume {record.run}"
+        return value, f"{head} ({where})\ngo on: babelray resume {record.run}{runs_flag(runs)}"
     facts = [("job", job.id), *job.facts]
     width = max(len(name) for name, _ in facts)
     found = [head, *(f"  {name.ljust(width)}  {fact}" for name, fact in facts)]
@@ -322,7 +323,7 @@ def _what_next(found: Details) -> list[str]:
         )
         return [
             f"logs: babelray logs {run.name}{where}",
-            f"{go_on}: babelray train --name {run.name} --resume{where}",
+            f"{go_on}: babelray resume {run.name}{where}",
         ]
     return [f"logs: babelray logs {run.name} --follow{where}"]
 

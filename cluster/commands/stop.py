@@ -116,7 +116,7 @@ def _stop_there(record: Record, runs: Path, *, now: bool) -> None:
     for job in going:
         if job.kind == "train" and job.phase == "running" and not now:
             try:
-                relay(record, "stop", (record.run,), say)
+                relay(record, "stop", (record.run,), runs, _say_but_hints)
             except (UserError, click.exceptions.Exit):
                 say(
                     "it could not be asked; end it without a checkpoint: "
@@ -127,3 +127,9 @@ def _stop_there(record: Record, runs: Path, *, now: bool) -> None:
             target.cancel(job)
         click.echo(f"{record.run}: {'training' if job.kind == 'train' else 'evaluation'} ended")
     say(f"go on: babelray resume {record.run}{where}")
+
+
+def _say_but_hints(line: str) -> None:
+    """What the command says there; how to go on is said here."""
+    if not line.startswith("go on:"):
+        say(line)

@@ -37,7 +37,10 @@ def follow_training(updates: Iterable[Update], config: RunConfig, console: Conso
         # It was put into words where the run's whole past is known.
         console.tell(replace(news, line=message if news.line is not None else None, level=level))
 
-    return follow_lines(updates, tell, waiting=console.say)
+    job = follow_lines(updates, tell, waiting=console.say)
+    if job is not None and job.phase == "succeeded" and narrator.reason == "stopped":
+        return replace(job, phase="stopped")  # on request; for the cluster it ended well
+    return job
 
 
 def follow_lines(

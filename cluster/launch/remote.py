@@ -26,19 +26,26 @@ def launched_elsewhere(run: str, runs: Path) -> Record | None:
 
 
 def relay(
-    record: Record, command: str, arguments: Sequence[str], tell: Callable[[str], None]
+    record: Record,
+    command: str,
+    arguments: Sequence[str],
+    runs: Path,
+    tell: Callable[[str], None],
 ) -> None:
     """Run ``babelray COMMAND`` with what was typed here where the run's files are.
+
+    Its hints of what to type next are made to work here, where ``runs`` is the folder of runs.
 
     Raises:
         UserError: no machine can run it now.
         click.exceptions.Exit: it failed; with its status.
     """
     target = open_target(record.place)
-    there = (command, *without_runs(tuple(arguments)), "--runs", runs_there(record.place))
+    folder = runs_there(record.place)
+    there = (command, *without_runs(tuple(arguments)), "--runs", folder)
     try:
         for line in target.run(record.run, there):
-            tell(line)
+            tell(line.replace(runs_flag(Path(folder)), runs_flag(runs)))
     except RemoteCommandError as error:
         raise click.exceptions.Exit(error.exit_status) from None
 

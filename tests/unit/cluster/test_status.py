@@ -300,9 +300,7 @@ def test_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
     page = babelray("status", "demo", "--runs", tmp_path).stdout
     assert "none yet" in page
     assert "last checkpoint" not in page
-    again = (
-        f"start it again, from its beginning: babelray train --name demo --resume --runs {tmp_path}"
-    )
+    again = f"start it again, from its beginning: babelray resume demo --runs {tmp_path}"
     assert again in page
 
 
@@ -431,7 +429,7 @@ def test_a_ray_that_does_not_answer_is_said_so(
     # The private Ray of a dead run is gone: it is not asked.
     dead = babelray("status", "demo", "--runs", tmp_path).stdout
     assert "does not tell" not in dead
-    assert f"babelray train --name demo --resume --runs {tmp_path}" in dead
+    assert f"babelray resume demo --runs {tmp_path}" in dead
 
 
 @pytest.mark.parametrize(

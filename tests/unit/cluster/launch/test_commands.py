@@ -195,6 +195,14 @@ def test_status_asks_where_the_files_are(babelray: Babelray, launched: FakeTarge
     assert launched.commands == [("status", "one", "--runs", "/mnt/babelray/runs")]
 
 
+def test_hints_from_there_work_here(
+    babelray: Babelray, launched: FakeTarget, tmp_path: Path
+) -> None:
+    launched.jobs["train"] = RUNNING
+    launched.lines = ["next: babelray evaluate one --runs /mnt/babelray/runs"]
+    assert f"next: babelray evaluate one --runs {tmp_path}\n" in babelray("status", "one").stdout
+
+
 def test_status_as_json(babelray: Babelray, launched: FakeTarget) -> None:
     launched.jobs["train"] = RUNNING
     launched.lines = ["{", '  "summary": {"step": 100}', "}"]
@@ -249,13 +257,14 @@ def test_following_the_logs_shows_the_progress(babelray: Babelray, launched: Fak
 
 def test_stop_asks_the_run_itself(babelray: Babelray, launched: FakeTarget) -> None:
     launched.jobs["train"] = RUNNING
-    launched.lines = ["one: stopped at step 120"]
+    launched.lines = ["one: stopped at step 120", "go on: babelray resume one --runs /mnt/x"]
     result = babelray("stop", "one")
     assert result.exit_code == 0, result.output
     assert launched.commands == [("stop", "one", "--runs", "/mnt/babelray/runs")]
     assert launched.cancelled == []
     assert "stopped at step 120" in result.stderr
-    assert "go on: babelray resume one" in result.stderr
+    assert result.stderr.count("go on: babelray resume one") == 1
+    assert "/mnt/x" not in result.stderr
 
 
 @pytest.mark.parametrize("phase", ["queued", "starting"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 
 from cluster.console import JsonConsole, TextConsole
@@ -80,3 +81,12 @@ def test_why_it_waits_is_told() -> None:
 
 def test_a_job_that_vanishes_has_no_end() -> None:
     assert follow([LogLine("x")])[1] is None
+
+
+def test_a_run_that_was_asked_to_stop_did_not_finish() -> None:
+    event = {"event": "finished", "step": 60, "reason": "stopped", "level": "info"}
+    line = json.dumps(
+        {**event, "message": "step 60 finished: stopped", "time": "2026-01-01T00:00:00Z"}
+    )
+    _, job = follow([LogLine(line), ended("succeeded")])
+    assert job == ended("stopped").job
