@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import urllib.request
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.launch import watch
+from cluster.launch import kubernetes, watch
 from cluster.launch.kubectl import KubectlError
 from cluster.launch.kubernetes import KubernetesTarget
 from cluster.launch.pod_logs import JobLog, Source
@@ -37,8 +38,13 @@ DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "jobId": "j
 KEY = "rayjobs.ray.io/train-demo"
 
 
+# The same in every test, and kustomize takes its time.
+_render = functools.cache(kubernetes.render)
+
+
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    monkeypatch.setattr(kubernetes, "render", _render)
     return FakeCluster(tmp_path, monkeypatch)
 
 
@@ -234,6 +240,13 @@ def test_a_refusal_is_told_in_the_api_servers_words(
     fake.rule(" apply ", err='The RayJob "train-demo" is invalid: spec.x: Invalid value\n', rc=1)
     with pytest.raises(UserError, match=r"spec\.x: Invalid value"):
         target.submit(training())
+
+
+@needs_kubectl
+def test_the_check_before_a_launch(fake: FakeCluster, target: KubernetesTarget) -> None:
+    fake.rule("get --raw /version", err="The connection to the server x was refused", rc=1)
+    found = {check.name: check.outcome for check in target.preflight(training())}
+    assert found == {"kubectl": "ok", "cluster": "failure"}
 
 
 # What it waits for.

@@ -11,7 +11,17 @@ import pytest
 from cluster.checks import Check, failures
 from cluster.launch.capacity import demand, node_checks, quota_checks, storage_checks
 from cluster.launch.kubectl import Kubectl
-from cluster.launch.preflight import check_place, cluster_checks, resource_of
+from cluster.launch.preflight import (
+    _image,
+    _kuberay,
+    _namespace,
+    _operator,
+    _queue,
+    _rights,
+    check_place,
+    cluster_checks,
+    resource_of,
+)
 from cluster.launch.target import Place
 from tests.kubernetes import FakeCluster
 
@@ -19,6 +29,7 @@ GIB = 2**30
 RAY = {"resources": [{"kind": "RayJob"}, {"kind": "RayCluster"}]}
 KINDS = "KubeRay's kinds"
 OPERATOR = "KubeRay's operator"
+TEAM = Kubectl(namespace="team")
 
 
 @pytest.fixture
@@ -96,12 +107,11 @@ def good(fake: FakeCluster) -> None:
     fake.put("persistentvolumeclaims", {**claim("ReadWriteMany"), "status": bound})
 
 
-def checks(*documents: dict[str, Any], kubectl: Kubectl | None = None) -> dict[str, Check]:
+def checks(*documents: dict[str, Any]) -> dict[str, Check]:
     """The checks by name; the worst of several with one name."""
     order = {"ok": 0, "warning": 1, "failure": 2}
     found: dict[str, Check] = {}
-    kubectl = kubectl or Kubectl(namespace="team")
-    for check in cluster_checks(kubectl, documents or (job(),)):
+    for check in cluster_checks(TEAM, documents or (job(),)):
         if check.name not in found or order[check.outcome] > order[found[check.name].outcome]:
             found[check.name] = check
         assert (check.mend is None) == (check.outcome == "ok"), check
@@ -161,14 +171,16 @@ def test_everything_that_can_be_missing_is_named(fake: FakeCluster) -> None:
 
 
 def test_a_missing_right_that_only_some_command_needs_is_a_warning(fake: FakeCluster) -> None:
-    good(fake)
     fake.rule("can-i create pods --subresource=portforward", out="no\n", rc=1)
-    found = checks()["rights"]
-    assert found.outcome == "warning"
+    all_needed, found = _rights(TEAM, "team", [job()])
+    assert (all_needed.outcome, found.outcome) == ("ok", "warning")
     assert "babelray dashboard" in found.found
 
 
-def test_what_may_not_be_looked_at_is_a_warning(fake: FakeCluster) -> None:
+def test_what_may_not_be_looked_at_is_a_warning(
+    fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kubectl, "may", lambda *question: True)
     said = 'User "eve" cannot list resource "nodes" in API group "" at the cluster scope'
     fake.rule("get nodes", err=f"Error from server (Forbidden): nodes is forbidden: {said}", rc=1)
     good(fake)
@@ -190,7 +202,7 @@ def test_pod_security_against_added_capabilities(
     [group] = value["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     [container] = group["template"]["spec"]["containers"]
     container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
-    found = checks(value)["namespace"]
+    [found] = _namespace(TEAM, "team", [value])
     assert found.outcome == outcome
     assert ("IPC_LOCK" in found.found) == (outcome == "failure")
 
@@ -207,14 +219,15 @@ def test_an_older_kuberay(fake: FakeCluster) -> None:
     [container] = operator["spec"]["template"]["spec"]["containers"]
     container["image"] = "quay.io/kuberay/operator:v1.3.2"
     fake.put("deployments.apps", operator)
-    found = checks()
-    assert found[KINDS].outcome == "failure"
-    assert "spec.backoffLimit" in found[KINDS].found
-    assert found[OPERATOR].outcome == "warning"
-    assert "v1.3.2" in found[OPERATOR].found
+    [kinds], [found] = _kuberay(TEAM, job()), _operator(TEAM)
+    assert kinds.outcome == "failure"
+    assert "spec.backoffLimit" in kinds.found
+    assert found.outcome == "warning"
+    assert "v1.3.2" in found.found
     operator["status"] = {}
     fake.put("deployments.apps", operator)
-    assert checks()[OPERATOR].outcome == "failure"
+    [found] = _operator(TEAM)
+    assert found.outcome == "failure"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +251,7 @@ def test_the_queue_of_kueue(
         fake.put("localqueues.kueue.x-k8s.io", {"metadata": {"name": "research"}, "status": queue})
     value = job()
     value["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "research"
-    found = checks(value)["Kueue"]
+    [found] = _queue(TEAM, value)
     assert found.outcome == outcome
     assert words in found.found
 
@@ -249,11 +262,12 @@ def test_other_schedulers(fake: FakeCluster) -> None:
     fake.rule("get --raw /apis/scheduling.run.ai", err="Error from server (NotFound): x", rc=1)
     value = job()
     value["metadata"]["labels"] |= {"volcano.sh/queue-name": "q", "kai.scheduler/queue": "q"}
-    found = checks(value)
-    assert "there is no queue q" in found["Volcano"].found
-    assert "install KAI" in (found["KAI"].mend or "")
+    volcano, kai = _queue(TEAM, value)
+    assert "there is no queue q" in volcano.found
+    assert "install KAI" in (kai.mend or "")
     fake.put("queues.scheduling.volcano.sh", {"metadata": {"name": "q"}})
-    assert checks(value)["Volcano"].outcome == "ok"
+    volcano, _ = _queue(TEAM, value)
+    assert volcano.outcome == "ok"
 
 
 @pytest.mark.parametrize(
@@ -275,9 +289,7 @@ def test_images(fake: FakeCluster, image: str, server: str, outcome: str) -> Non
     value = job()
     head = value["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     head["containers"][0]["image"] = image
-    from cluster.launch.preflight import _image
-
-    [found] = _image(Kubectl(namespace="team"), value)
+    [found] = _image(TEAM, value)
     assert found.outcome == outcome
 
 
