@@ -6,6 +6,7 @@ FAKE_KUBECTL names the folder. In it:
   rules.json    [[REGEX, {"out": ..., "err": ..., "rc": ..., "sleep": ...}], ...]: the first rule
                 whose regex is found in the call's words answers; "times" limits how often,
                 "set" changes objects (null removes one), "hang" keeps the connection open
+                "when" names an object and the jobDeploymentStatus it must have
   calls.txt     every call's words; applied.yaml what apply was given last
 ``kustomize`` is passed on to the real kubectl.
 """
@@ -49,6 +50,11 @@ def scripted(line):
     for number, (pattern, answer) in enumerate(read("rules.json") or []):
         if not re.search(pattern, line):
             continue
+        if "when" in answer:
+            key, wanted = answer["when"]
+            status = read("objects.json").get(key, {}).get("status", {})
+            if status.get("jobDeploymentStatus") != wanted:
+                continue
         counter = os.path.join(FOLDER, f"used-{number}")
         used = os.path.getsize(counter) if os.path.exists(counter) else 0
         if used >= answer.get("times", 1 << 30):

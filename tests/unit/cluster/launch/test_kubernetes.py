@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import urllib.request
 from pathlib import Path
@@ -400,8 +401,7 @@ def test_a_second_attempt(fake: FakeCluster, target: KubernetesTarget) -> None:
     fake.rule("logs s1", out=stamped(1), set={KEY: rayjob(**retrying), "pods/s1": None})
     second = {**RUNNING, "jobId": "j2", "failed": 1}
     new = {KEY: rayjob(**second), "pods/s2": pod("s2", labels=SUBMITTER, phase="Succeeded")}
-    fake.rule("get rayjobs", out=str(rayjob(**RUNNING)).replace("'", '"'), times=1)
-    fake.rule("get rayjobs", out=str(rayjob(**retrying)).replace("'", '"'), times=1, set=new)
+    fake.rule("get rayjobs", out=json.dumps(rayjob(**retrying)), set=new, when=[KEY, "Retrying"])
     last = {**DONE, "jobId": "j2", "failed": 1}
     fake.rule("logs s2", out=stamped(1), set={KEY: rayjob(**last)})
     updates = list(target.follow(job()))
