@@ -129,6 +129,7 @@ def main():
     elif plain[0] == "config":
         view = {
             "current-context": "prod",
+            "contexts": [{"name": "prod", "context": {"namespace": "team"}}],
             "clusters": [{"cluster": {"server": "https://k8s.test"}}],
         }
         print("team" if "jsonpath" in line else json.dumps(view))

@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +127,23 @@ class Kubectl:
                 f"kubectl {arguments[0]} gave no answer within {timeout_s:g} s: is the cluster "
                 f"within reach? try it yourself: {self.for_person('get', '--raw', '/version')}",
             ) from None
+
+    def settled(self) -> Kubectl:
+        """The same, with the context and namespace that the user's configuration means now.
+
+        In a pod there is no such configuration, and nothing to settle.
+        """
+        try:
+            view = self.json("config", "view", "--minify", "--output=json")
+        except KubectlError:
+            return self
+        contexts = view.get("contexts") or [{}]
+        namespace = (contexts[0].get("context") or {}).get("namespace")
+        return replace(
+            self,
+            context=self.context or view.get("current-context") or None,
+            namespace=self.namespace or namespace or None,
+        )
 
     def may(self, verb: str, resource: str) -> bool:
         """Whether this user has a right, by what the API server says.

@@ -65,9 +65,14 @@ class KubernetesTarget:
 
     def describe(self) -> str:
         """Where that is, for a person."""
-        context = f"context {self.place.context}" if self.place.context else "the current context"
-        namespace = self.place.namespace
+        there = self.kubectl if self.place.context else self._settled
+        context = f"context {there.context}" if there.context else "the current context"
+        namespace = there.namespace
         return f"Kubernetes, {context}" + (f", namespace {namespace}" if namespace else "")
+
+    @cached_property
+    def _settled(self) -> Kubectl:
+        return self.kubectl.settled()
 
     @cached_property
     def _plain(self) -> Rendering:
@@ -138,6 +143,8 @@ class KubernetesTarget:
         """Apply the RayJob and what it needs; one that is over makes room for it.
 
         Storage claims that exist already are left as they are: most of them cannot be changed.
+        From then on ``place`` names the context and the namespace, so that it can be found again
+        when the user's configuration means others.
         """
         rendering = render(self.place, submission, self.kubectl)
         kubectl = self._for(rendering)
@@ -149,6 +156,8 @@ class KubernetesTarget:
         rayjob = kubectl.get("rayjobs.ray.io", name)
         if rayjob is None:
             raise UserError(f"the RayJob {name} was applied and is gone: somebody deletes it")
+        settled = kubectl.settled()
+        self.place = replace(self.place, context=settled.context, namespace=settled.namespace)
         return self._told(rayjob, submission.run, submission.kind)
 
     def _make_room(self, kubectl: Kubectl, name: str, submission: Submission) -> None:

@@ -554,3 +554,25 @@ def test_a_dashboard_that_does_not_come(fake: FakeCluster, target: KubernetesTar
     with pytest.raises(UserError, match="c1-head-svc"), target.dashboard("demo"):
         pass
     assert "context" in target.describe()
+
+
+# Where it is, when the user's configuration means another place later.
+
+
+@needs_kubectl
+def test_the_place_of_a_launch_is_settled(fake: FakeCluster) -> None:
+    where = Place("kubernetes", "/mnt/babelray", overlay="cpu-smoke", nodes="2")
+    target = KubernetesTarget(where, poll_s=0.05, sleep=lambda seconds: None)
+    assert target.describe() == "Kubernetes, context prod, namespace team"
+    target.submit(training())
+    assert (target.place.context, target.place.namespace) == ("prod", "team")
+    again = KubernetesTarget(target.place)
+    assert again.describe() == "Kubernetes, context prod, namespace team"
+    again.find("demo")
+    assert "--context=prod --namespace=team get rayjobs.ray.io" in fake.calls[-1]
+
+
+def test_a_pod_has_no_context_to_settle(fake: FakeCluster) -> None:
+    fake.rule("config view", err="error: current-context must exist in order to minify", rc=1)
+    target = KubernetesTarget(Place("kubernetes", "/mnt/babelray", overlay="cpu-smoke"))
+    assert target.describe() == "Kubernetes, the current context"
