@@ -22,7 +22,8 @@ OVERLAY ?=
 COMPONENTS ?=
 NODES ?=
 GPUS ?=
-IMAGE ?= $(shell cat .image 2>/dev/null)
+# What make image PUSH=1 has noted.
+IMAGE ?= $(shell cat .image-$(if $(filter cpu-smoke,$(OVERLAY)),cpu,gpu) 2>/dev/null)
 NAMESPACE ?=
 VARIANT ?= gpu
 PUSH ?=
@@ -112,7 +113,7 @@ data: setup ## Prepare the corpus of CONFIG
 train: setup ## Train CONFIG as run NAME with WORKERS workers (each optional)
 	@$(TRAIN) --config $(CONFIG)
 
-# IMAGE as .image has it is one that was pushed, by digest: no name to build under.
+# IMAGE as .image-… has it is one that was pushed, by digest: no name to build under.
 .PHONY: image
 image: ## Build the container image IMAGE (VARIANT=gpu|cpu); PUSH=1 pushes it, and make launch then uses it
 	@IMAGE='$(if $(filter file,$(origin IMAGE)),,$(IMAGE))' VARIANT='$(VARIANT)' PUSH='$(PUSH)' \

@@ -286,6 +286,12 @@ def _lock(file: TextIO, patience_s: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(_LOOK_S / 50)
+        except OSError as error:
+            raise UserError(
+                f"{file.name} cannot be locked ({error.strerror}), so two commands could train one "
+                "run: mount the file system with locks (Lustre: flock; NFS: without nolock), or "
+                "put the runs elsewhere"
+            ) from None
         else:
             return True
 

@@ -8,9 +8,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ DEFAULT_DASHBOARD_PORT = 8265
 _OBJECT_STORE_BYTES = 128 * 1024**2
 
 _KNOCK_S = 10.0
+_ROOM_POLL_S = 1.0
 
 # What Ray and its children read from the environment. A value that the user has set stays.
 _ENVIRONMENT = {
@@ -156,6 +158,39 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
         ray.shutdown()
         for name in added:
             os.environ.pop(name, None)
+
+
+def with_room(
+    found: Session,
+    is_enough: Callable[[Session], bool],
+    *,
+    patience_s: float,
+    waiting: Callable[[Session], None],
+) -> Session:
+    """The session once the cluster offers enough, or as it is when that takes too long.
+
+    Machines may come back one by one: after the head of a cluster was lost, for a minute or two.
+
+    Args:
+        found: as ``connect`` gave it.
+        is_enough: whether the wait is over; may end it for another reason, too.
+        patience_s: the longest wait (seconds).
+        waiting: told once, with what is offered, when there is something to wait for.
+    """
+    import ray
+
+    deadline = time.monotonic() + patience_s
+    is_told = False
+    while not is_enough(found) and time.monotonic() < deadline:
+        if not is_told:
+            waiting(found)
+            is_told = True
+        time.sleep(_ROOM_POLL_S)
+        resources = ray.cluster_resources()
+        found = replace(
+            found, num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0)
+        )
+    return found
 
 
 def _start_own(**options: Any) -> Any:

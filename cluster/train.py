@@ -77,7 +77,8 @@ def start(
         workers: ranks; by default one a GPU, or one where there is none. With bounds, as many as
             there is room for at any time.
         overwrite: remove what an earlier run of this name left.
-        patience_s: how long to wait for another command to let the run go.
+        patience_s: how long to wait for another command to let the run go, and for the least
+            number of workers to have room.
         dashboard_port: for the page of a Ray of our own; by default the first free one.
         say: takes each line for the person who watches.
         tell: takes each event of the run; by default their lines go to ``say``.
@@ -117,6 +118,7 @@ def start(
             interrupts.install()  # Ray's start has put handlers of its own in their place
             if workers is None:
                 workers = max(1, min(int(ray_session.num_gpus), config.data.lanes))
+            ray_session = _with_room(ray_session, workers, patience_s, say, interrupts)
             _check_resources(ray_session, workers)
             write_config(config, run_dir)
             _note_session(run_dir, ray_session)
@@ -241,10 +243,36 @@ def check_lanes(config: RunConfig, workers: Workers | None) -> None:
         )
 
 
-def _check_resources(ray_session: session.Session, workers: Workers) -> None:
-    kind, number = (
-        ("GPU", ray_session.num_gpus) if ray_session.num_gpus else ("CPU", ray_session.num_cpus)
+def _with_room(
+    ray_session: session.Session,
+    workers: Workers,
+    patience_s: float,
+    say: Callable[[str], None],
+    interrupts: _Interrupts,
+) -> session.Session:
+    least = _bounds(workers)[0]
+
+    def waiting(found: session.Session) -> None:
+        kind, number = _offered(found)
+        say(f"waiting for machines: Ray offers {number:.0f} {kind}s for {least} workers, one each")
+
+    return session.with_room(
+        ray_session,
+        lambda found: _offered(found)[1] >= least or interrupts.signal is not None,
+        patience_s=patience_s,
+        waiting=waiting,
     )
+
+
+def _offered(ray_session: session.Session) -> tuple[str, float]:
+    """What a worker takes one of, and how many there are."""
+    if ray_session.num_gpus:
+        return "GPU", ray_session.num_gpus
+    return "CPU", ray_session.num_cpus
+
+
+def _check_resources(ray_session: session.Session, workers: Workers) -> None:
+    kind, number = _offered(ray_session)
     if _bounds(workers)[0] > number:
         raise UserError(
             f"--workers {_written(workers)}: Ray offers {number:.0f} {kind}s, one a worker: give "

@@ -2,7 +2,8 @@
 # Builds the container image, and pushes it if asked; make image calls this.
 #   VARIANT     gpu or cpu
 #   IMAGE       name to build under, by default babelray:VARIANT; needed to push
-#   PUSH        not empty: push, and write the reference by digest to .image, which make launch uses
+#   PUSH        not empty: push, and write the reference by digest to .image-VARIANT, which make
+#               launch uses: cpu for the overlay cpu-smoke, gpu for all others
 #   BUILD_ARGS  further words for docker build or podman build
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,5 +37,5 @@ name=$image
 pushed=$("$engine" image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$image" |
     grep -F "$name@" | tail -n 1) ||
     fail 1 "$image is pushed, but $engine does not tell its digest: see the registry"
-echo "$pushed" >.image
-echo "pushed $pushed: make launch uses it (.image)"
+echo "$pushed" >".image-$variant"
+echo "pushed $pushed: make launch uses it (.image-$variant)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,8 @@ _log_format_option = click.option(
 @click.option(
     "--storage",
     metavar="DIR",
-    help="Folder that all machines of the cluster share; runs/ and data/ go there. By default "
-    "/mnt/babelray on Kubernetes, and this directory on a Ray cluster.",
+    help="Folder that all machines of a Ray cluster share; runs/ and data/ go there. By default "
+    "this directory.",
 )
 @mirror_option
 @click.option("--dry-run", is_flag=True, help="Print what would be applied; change nothing.")
@@ -188,14 +189,29 @@ def _launch(
     *,
     checks: bool,
 ) -> Job:
-    from cluster.launch.records import Record, write_record
+    from cluster.launch.preparation import check
+    from cluster.launch.records import Record, forget, read_record, write_record
 
     run = submission.run
     console.say(f"launching {run} on {target.describe()}")
     if checks:
-        check(target, submission, console)
-    job = target.submit(submission)
-    write_record(Record(run, target.place, submission.config or "", time.time()), runs)
+        check(target, submission, console.say)
+    record = Record(run, target.place, submission.config or "", time.time())
+    before = read_record(run, runs)
+    # Before it is handed over: whatever happens then, the run can be found.
+    write_record(record, runs)
+    try:
+        job = target.submit(submission)
+    except UserError:
+        if not _may_be_there(target, run):
+            forget(record, before, runs)
+        raise
+    except KeyboardInterrupt:
+        console.say(
+            f"it may be launched already: babelray status {run}{runs_flag(runs)}", "warning"
+        )
+        raise
+    write_record(replace(record, place=target.place), runs)
     where = runs_flag(runs)
     console.say(f"launched: {job.id}; Ctrl-C stops watching, and the run goes on")
     for what in ("status", "logs", "dashboard", "stop"):
@@ -203,25 +219,12 @@ def _launch(
     return job
 
 
-def check(target: Target, submission: Submission, console: Console) -> None:
-    """Tell what is not as it should be, and refuse to go on where the run could not run.
-
-    Raises:
-        UserError: with every failure and its mend.
-    """
-    from cluster.checks import line
-
-    failed = []
-    for found in target.preflight(submission):
-        if found.outcome == "warning":
-            console.say(line(found), "warning")
-        elif found.outcome == "failure":
-            failed.append(line(found))
-    if failed:
-        raise UserError(
-            f"{submission.run} cannot run on {target.describe()}; nothing was changed:\n  "
-            + "\n  ".join(failed)
-        )
+def _may_be_there(target: Target, run: str) -> bool:
+    """Whether the cluster has the run after a launch that went wrong, or does not say."""
+    try:
+        return target.find(run) is not None
+    except UserError:
+        return True
 
 
 def watch(target: Target, job: Job, config: RunConfig, console: Console) -> Job | None:

@@ -25,8 +25,9 @@ from cluster.options import (
 if TYPE_CHECKING:
     from cluster.progress import News
 
-# Longer than a file server remembers the lock of a machine that was lost.
-_LEASE_S = 180.0
+# Longer than a file server remembers the lock of a machine that was lost, and than machines take to
+# join a cluster whose head has begun anew.
+_PATIENCE_S = 300.0
 
 
 @click.command()
@@ -144,7 +145,7 @@ def train(
                 runs=runs,
                 workers=workers,
                 overwrite=overwrite,
-                patience_s=_LEASE_S if start_or_resume else 0.0,
+                patience_s=_PATIENCE_S if start_or_resume else 0.0,
                 dashboard_port=dashboard_port,
                 say=console.say,
                 tell=tell,

@@ -42,12 +42,12 @@ def choose_place(
     Args:
         overlay, components, image, namespace, context: of Kubernetes.
         nodes, gpus: how many machines train, and with how many workers each.
-        storage: the folder that all machines of the cluster share.
+        storage: the folder that all machines of a Ray cluster share; in pods it is fixed.
         before: where the run was launched last; what is not given now is taken from there.
         environment: stands in for the process's own, in tests.
 
     Raises:
-        UserError: options of Kubernetes are given for a Ray cluster.
+        UserError: options of Kubernetes are given for a Ray cluster, or the other way round.
     """
     from cluster.launch import ray_address
 
@@ -62,6 +62,12 @@ def choose_place(
         "context": context,
     }
     given: dict[str, Any] = {name: value for name, value in asked.items() if value}
+    if not address and storage and not (before is not None and before.kind == "ray"):
+        raise UserError(
+            f"--storage {storage}: on Kubernetes the storage is what the claim babelray gives, "
+            f"mounted at {POD_STORAGE}: change the claim in an overlay of your own, or set "
+            "RAY_ADDRESS for a Ray cluster"
+        )
     if before is not None and before.kind == ("ray" if address else "kubernetes"):
         kept = replace(before, **given)
         kept = replace(kept, storage=storage) if storage else kept
@@ -76,7 +82,7 @@ def choose_place(
                 "leave the option out, or unset RAY_ADDRESS"
             )
         return Place("ray", storage or str(Path.cwd()), address=address, nodes=nodes, gpus=gpus)
-    return Place("kubernetes", storage or POD_STORAGE, **{"overlay": DEFAULT_OVERLAY, **given})
+    return Place("kubernetes", POD_STORAGE, **{"overlay": DEFAULT_OVERLAY, **given})
 
 
 def read_config(

@@ -53,6 +53,14 @@ def read_record(run: str, runs: Path) -> Record | None:
         ) from None
 
 
+def forget(record: Record, before: Record | None, runs: Path) -> None:
+    """Undo ``write_record``: ``before`` is what it replaced."""
+    if before is not None:
+        write_record(before, runs)
+    else:
+        _file(record.run, runs).unlink(missing_ok=True)
+
+
 def launched(runs: Path) -> list[Record]:
     """All of them, by name."""
     names = sorted(file.stem for file in (runs / _FOLDER).glob("*.json"))

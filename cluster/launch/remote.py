@@ -10,6 +10,7 @@ import click
 from cluster.hints import runs_flag
 from cluster.launch.follow import follow_lines
 from cluster.launch.order import runs_there, without_runs
+from cluster.launch.preparation import check
 from cluster.launch.records import Record, open_target, read_record
 from cluster.launch.target import Job, RemoteCommandError, Submission
 
@@ -70,7 +71,9 @@ def evaluate_there(
     target = open_target(record.place)
     there = ("evaluate", *without_runs(tuple(arguments)), "--runs", runs_there(record.place))
     say(f"evaluating {record.run} on {target.describe()}")
-    job = target.submit(Submission(record.run, "evaluate", there))
+    submission = Submission(record.run, "evaluate", there)
+    check(target, submission, lambda line, level: say(line))
+    job = target.submit(submission)
     try:
         return follow_lines(target.follow(job), tell, waiting=say) or job
     except KeyboardInterrupt:

@@ -44,12 +44,12 @@ class _Make:
         (self.bin / name).write_text(_ENGINE)
         (self.bin / name).chmod(0o755)
 
-    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *words: str, target: str = "image") -> subprocess.CompletedProcess[str]:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
         for name in ("IMAGE", "VARIANT", "PUSH", "BUILD_ARGS"):
             clean.pop(name, None)
         return subprocess.run(
-            ["make", "image", *words],
+            ["make", target, *words],
             cwd=self.folder,
             env={**clean, "PATH": str(self.bin)},
             capture_output=True,
@@ -74,12 +74,12 @@ def test_builds_for_gpus_by_default(make: _Make, engine: str) -> None:
     (call,) = make.calls()
     assert call.startswith(f"{engine} build --build-arg VARIANT=gpu ")
     assert call.endswith(" --tag babelray:gpu .")
-    assert not (make.folder / ".image").exists()
+    assert not (make.folder / ".image-gpu").exists()
 
 
 def test_an_image_pushed_before_is_no_name_to_build_under(make: _Make) -> None:
     make.engine("docker")
-    (make.folder / ".image").write_text(f"reg.example:5000/me/babelray@{_DIGEST}\n")
+    (make.folder / ".image-gpu").write_text(f"reg.example:5000/me/babelray@{_DIGEST}\n")
 
     make("VARIANT=cpu", "BUILD_ARGS=--build-arg BASE=debian@sha256:1")
 
@@ -96,8 +96,29 @@ def test_push_leaves_the_digest_for_launch(make: _Make, tag: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"docker push reg.example:5000/me/babelray{tag}" in make.calls()
     pushed = f"reg.example:5000/me/babelray@{_DIGEST}"
-    assert (make.folder / ".image").read_text().strip() == pushed
+    assert (make.folder / ".image-gpu").read_text().strip() == pushed
     assert pushed in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "image"),
+    [
+        ((), "reg/gpu@sha256:1"),
+        (("OVERLAY=spot",), "reg/gpu@sha256:1"),
+        (("OVERLAY=cpu-smoke",), "reg/cpu@sha256:2"),
+        (("OVERLAY=cpu-smoke", "IMAGE=mine:1"), "mine:1"),
+    ],
+)
+def test_launch_takes_the_variant_that_fits(
+    make: _Make, words: tuple[str, ...], image: str
+) -> None:
+    (make.folder / ".image-gpu").write_text("reg/gpu@sha256:1\n")
+    (make.folder / ".image-cpu").write_text("reg/cpu@sha256:2\n")
+
+    done = make("--dry-run", "--old-file=setup", *words, target="launch")
+
+    assert done.returncode == 0, done.stderr
+    assert f" --image {image} " in done.stdout
 
 
 def test_refused_push_leaves_nothing_for_launch(make: _Make) -> None:
@@ -108,7 +129,7 @@ def test_refused_push_leaves_nothing_for_launch(make: _Make) -> None:
 
     assert done.returncode == 2
     assert "denied" in done.stderr
-    assert not (make.folder / ".image").exists()
+    assert not (make.folder / ".image-gpu").exists()
 
 
 @pytest.mark.parametrize(

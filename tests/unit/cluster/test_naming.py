@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -271,3 +272,15 @@ def test_a_claim_waits_for_another_to_end(tmp_path: Path) -> None:
             pass
         with naming.claim(tmp_path, patience_s=30):
             assert holder.wait() == 0
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(naming.fcntl, "flock", refuse)
+    message = r"\.lock cannot be locked \(Function not implemented\).*Lustre: flock"
+    with pytest.raises(UserError, match=message), naming.claim(tmp_path):
+        pass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
+from collections.abc import Iterable
 
 import pytest
 
@@ -76,3 +78,45 @@ def test_no_cluster_at_the_address(address: str, monkeypatch: pytest.MonkeyPatch
     ):
         pass
     assert dict(os.environ) == before
+
+
+FEW = session.Session(dashboard_url=None, num_cpus=0.0, num_gpus=0.0, is_local=False)
+
+
+def wait_for_cpus(
+    number: float,
+    offers: Iterable[float],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    patience_s: float = 60,
+) -> tuple[session.Session, list[float]]:
+    import ray
+
+    left = iter(offers)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": next(left)})
+    monkeypatch.setattr(session, "_ROOM_POLL_S", 0.0)
+    told: list[float] = []
+    found = session.with_room(
+        FEW,
+        lambda now: now.num_cpus >= number,
+        patience_s=patience_s,
+        waiting=lambda now: told.append(now.num_cpus),
+    )
+    return found, told
+
+
+def test_machines_that_come_back_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, told = wait_for_cpus(2, [0.0, 1.0, 2.0], monkeypatch)
+    assert found.num_cpus == 2
+    assert told == [0.0]
+
+
+def test_what_is_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, told = wait_for_cpus(0, [], monkeypatch)
+    assert found == FEW
+    assert told == []
+
+
+def test_machines_that_do_not_come_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = wait_for_cpus(2, itertools.repeat(1.0), monkeypatch, patience_s=0.05)
+    assert found.num_cpus == 1

@@ -174,6 +174,49 @@ def test_what_the_cluster_refuses_is_told_and_not_remembered(
     assert read_record("one", tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("no answer"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_what_may_run_there_can_be_found(
+    babelray: Babelray,
+    target: FakeTarget,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+) -> None:
+    def submit(submission: object) -> Job:
+        target.jobs["train"] = RUNNING
+        raise error
+
+    monkeypatch.setattr(target, "submit", submit)
+    assert babelray("launch", "--config", TINY, "--name", "one").exit_code == status
+    assert read_record("one", tmp_path) is not None
+    assert babelray("stop", "one", "--now").exit_code == 0
+
+
+def test_a_refused_launch_leaves_the_record_of_the_one_before(
+    babelray: Babelray, launched: FakeTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(submission: object) -> Job:
+        raise UserError("refused")
+
+    before = read_record("one", tmp_path)
+    monkeypatch.setattr(launched, "submit", refuse)
+    assert babelray("launch", "--config", TINY, "--name", "one", "--nodes", "4").exit_code == 2
+    assert read_record("one", tmp_path) == before
+
+
+def test_an_evaluation_that_cannot_run_is_not_submitted(
+    babelray: Babelray, launched: FakeTarget
+) -> None:
+    launched.checks = [Check("GPUs", "failure", "none free", "wait")]
+    result = babelray("evaluate", "one")
+    assert result.exit_code == 2
+    assert "none free" in result.stderr
+    assert launched.submitted == []
+
+
 def test_resume_launches_again_as_before(babelray: Babelray, launched: FakeTarget) -> None:
     launched.updates = [ended("succeeded")]
     result = babelray("resume", "one", "--set", "trainer.max_steps=7", "--nodes", "3")

@@ -65,6 +65,11 @@ def test_options_of_kubernetes_are_refused_for_ray() -> None:
         )
 
 
+def test_the_storage_of_pods_is_fixed() -> None:
+    with pytest.raises(UserError, match="--storage /data: on Kubernetes the storage is what the"):
+        order.choose_place(storage="/data", environment={})
+
+
 def test_the_text_holds_only_what_differs() -> None:
     config, text = order.read_config(TINY, ("trainer.max_steps=7",), PODS)
     assert config.trainer.max_steps == 7
