@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from cluster.checks import Check
 from cluster.launch.capacity import node_checks, quota_checks, storage_checks
 from cluster.launch.kubectl import Kubectl, KubectlError
-from cluster.launch.render import COMPONENT_LABEL, head_image, render_overlay, split_image
+from cluster.launch.overlays import head_image, split_image
+from cluster.launch.render import COMPONENT_LABEL, render_overlay
 from cluster.launch.target import Place
 
 Document = Mapping[str, Any]

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.launch.render import RUN_ANNOTATION, head_image, job_name
+from cluster.launch.overlays import head_image
+from cluster.launch.render import RUN_ANNOTATION, job_name
 from cluster.launch.target import Job, Kind, Phase
 
 Object = Mapping[str, Any]

@@ -12,8 +12,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +19,13 @@ from typing import Any
 import yaml
 
 from cluster.launch.kubectl import Kubectl
+from cluster.launch.overlays import (
+    DEFAULT_OVERLAY,
+    component_dir,
+    head_image,
+    overlay_dir,
+    split_image,
+)
 from cluster.launch.patches import change, deletion, escape, names_of, patch, renamed, strings
 from cluster.launch.sizes import (
     Group,
@@ -37,7 +42,6 @@ RUN_ANNOTATION = "babelray.dev/run"
 INSTANCE_LABEL = "app.kubernetes.io/instance"
 NAME_LABEL = "app.kubernetes.io/name"
 COMPONENT_LABEL = "app.kubernetes.io/component"
-DEFAULT_OVERLAY = "gpu"
 
 # KubeRay's bound (it adds to the name), and it must be a DNS-1035 label.
 _MAX_NAME = 47
@@ -96,50 +100,6 @@ def job_name(run: str, kind: Kind) -> str:
         return name
     digest = hashlib.sha256(run.encode()).hexdigest()[:8]
     return f"{name[: _MAX_NAME - 9].rstrip('-')}-{digest}"
-
-
-def manifests_dir() -> Path:
-    """The folder of the manifests that come with babelray."""
-    spec = find_spec("k8s")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / "overlays").is_dir():
-            return Path(place)
-    raise UserError("the manifests of babelray (package k8s) are not installed: install it anew")
-
-
-def overlay_dir(overlay: str | None) -> Path:
-    """The folder of an overlay given by name or by path.
-
-    Raises:
-        UserError: there is none; the message names those there are.
-    """
-    return _chosen(overlay or DEFAULT_OVERLAY, "overlays", "overlay")
-
-
-def component_dir(component: str) -> Path:
-    """The folder of a component given by name or by path.
-
-    Raises:
-        UserError: there is none; the message names those there are.
-    """
-    return _chosen(component, "components", "component")
-
-
-def _chosen(given: str, folder: str, what: str) -> Path:
-    if "/" in given or given in (".", ".."):
-        path = Path(given).resolve()
-        if not any((path / f"kustomization.{end}").is_file() for end in ("yaml", "yml")):
-            raise UserError(f"--{what} {given}: {path} holds no kustomization.yaml")
-        return path
-    known = sorted(p.parent.name for p in (manifests_dir() / folder).glob("*/kustomization.yaml"))
-    if given not in known:
-        close = get_close_matches(given, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(
-            f"no {what} {given!r}: {hint}there are {', '.join(known) or 'none'}; "
-            "a folder of your own is given by its path, such as ./my-overlay"
-        )
-    return (manifests_dir() / folder / given).resolve()
 
 
 def render_overlay(place: Place, kind: Kind, kubectl: Kubectl) -> Rendering:
@@ -353,21 +313,6 @@ def _image(place: Place, job: Document) -> dict[str, str] | None:
             f"give {place.image}:TAG, or better {place.image}@sha256:..."
         )
     return entry
-
-
-def split_image(image: str) -> tuple[str, str | None, str | None]:
-    """Name, tag and digest of an image."""
-    name, _, digest = image.partition("@")
-    head, colon, tag = name.rpartition(":")
-    if colon and "/" not in tag:
-        return head, tag, digest or None
-    return name, None, digest or None
-
-
-def head_image(job: Mapping[str, Any]) -> str:
-    """The image that the head of a RayJob runs."""
-    template = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
-    return str(template["spec"]["containers"][0]["image"])
 
 
 def _config_map(name: str, submission: Submission, folder: Path) -> dict[str, object]:

@@ -12,14 +12,8 @@ import yaml
 
 from cluster.launch import render as rendering
 from cluster.launch.kubectl import Kubectl
-from cluster.launch.render import (
-    Rendering,
-    entrypoint,
-    job_name,
-    render,
-    render_overlay,
-    split_image,
-)
+from cluster.launch.overlays import split_image
+from cluster.launch.render import Rendering, entrypoint, job_name, render, render_overlay
 from cluster.launch.sizes import node_range, quantity, read_group, scaled, workers_of
 from cluster.launch.target import Kind, Place, Submission
 from data_shards.errors import UserError
