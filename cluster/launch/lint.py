@@ -19,13 +19,13 @@ from cluster.launch.lint_pods import (
     Document,
     PodTemplate,
     Problem,
-    amount,
     check,
     environment,
     matches,
     resources,
     security,
 )
+from cluster.launch.sizes import quantity
 
 __all__ = ["Problem", "lint"]
 
@@ -268,8 +268,8 @@ def _workers(document: Document) -> Iterator[Problem]:
 def _ranks(container: Document) -> int:
     """How many ranks a worker has room for: one a GPU, or one a CPU."""
     limits = (container.get("resources") or {}).get("limits") or {}
-    gpus = [amount(limits[key]) for key in limits if key.endswith("/gpu")]
-    return int(gpus[0] if gpus else amount(limits.get("cpu", "1")))
+    gpus = [quantity(limits[key]) for key in limits if key.endswith("/gpu")]
+    return int(gpus[0] if gpus else quantity(limits.get("cpu", "1")))
 
 
 def _autoscaler(document: Document) -> Iterator[Problem]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.launch.sizes import quantity
+
 Document = Mapping[str, Any]
 Role = Literal["head", "worker", "submitter", "autoscaler", "pod"]
-
-_UNITS = {
-    "": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
-    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,18 +61,6 @@ class PodTemplate:
         for field in ("initContainers", "containers"):
             for number, container in enumerate(self.spec.get(field) or ()):
                 yield f"{field}[{number}]", container
-
-
-def amount(quantity: object) -> float:
-    """A quantity of Kubernetes ("500m", "8Gi") as a number.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"([0-9.]+)([kMGTm]|[KMGT]i)?", str(quantity))
-    if match is None:
-        raise ValueError(f"{quantity!r} is no quantity")
-    return float(match[1]) * _UNITS[match[2] or ""]
 
 
 def environment(container: Document) -> dict[str, str]:
@@ -168,7 +152,7 @@ def resources(pod: PodTemplate, where: str, container: Document) -> Iterator[Pro
             )
         elif "/" in name and not str(limits[name]).isdigit():
             yield pod.problem(at, f"{limits[name]} of {name}", "ask for whole ones")
-        elif amount(requests[name]) > amount(limits[name]):
+        elif quantity(requests[name]) > quantity(limits[name]):
             yield pod.problem(at, "less than is requested", "raise it to the request at least")
 
 
@@ -224,7 +208,7 @@ def _folders(pod: PodTemplate, where: str, container: Document) -> Iterator[Prob
         )
         return
     memory = ((container.get("resources") or {}).get("limits") or {}).get("memory")
-    if memory is not None and amount(directory["sizeLimit"]) >= amount(memory):
+    if memory is not None and quantity(directory["sizeLimit"]) >= quantity(memory):
         yield pod.problem(
             f"{where}.resources.limits.memory",
             f"shared memory ({directory['sizeLimit']}) counts as memory and fills all of {memory}",

@@ -263,11 +263,12 @@ def _sizes(
 ) -> list[dict[str, object]]:
     """The changes of number and size of the workers."""
     nodes, gpus = place.nodes, place.gpus
-    if kind == "evaluate":  # sized by its own overlay, or by the workers that it asks for
-        nodes, gpus = None, None
-        asked = _option(submission.arguments, "--workers") if submission else None
-        if asked and asked.isdecimal():
-            nodes = str(max(1, -(-int(asked) // read_group(job).ranks)))
+    if kind == "evaluate":
+        # A test set is small: one machine as large as the run's, or as many as it asks for.
+        asked = _option(submission.arguments, "--actors") if submission else None
+        most = (asked or "").rpartition(":")[2]
+        ranks = gpus or read_group(job).ranks
+        nodes = str(max(1, -(-int(most) // ranks))) if most.isdecimal() else "1"
     changes: list[dict[str, object]] = []
     if nodes is None and gpus is None:
         return changes

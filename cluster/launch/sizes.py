@@ -11,10 +11,11 @@ from typing import Any
 from data_shards.errors import UserError
 
 _NODES = re.compile(r"(\d+)(?::(\d+))?")
-_QUANTITY = re.compile(r"([0-9.]+(?:[eE][0-9]+)?)([a-zA-Z]*)")
+_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([a-zA-Z]*)")
 _UNITS = {
     "": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15,
-    "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50,
+    "E": 1e18, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50,
+    "Ei": 2.0**60,
 }  # fmt: skip
 
 
@@ -43,15 +44,19 @@ class Group:
         return str(self.low) if self.low == self.high else f"{self.low} to {self.high}"
 
 
+class QuantityError(UserError):
+    """Something is written where Kubernetes has a quantity, and is none."""
+
+
 def quantity(text: object) -> float:
     """A Kubernetes quantity in its base unit: "500m" is 0.5, "2Gi" 2147483648.
 
     Raises:
-        ValueError: it is none.
+        QuantityError: it is none.
     """
     found = _QUANTITY.fullmatch(str(text))
     if found is None or found[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no quantity")
+        raise QuantityError(f"{str(text)!r} is no quantity of Kubernetes (such as 2, 500m or 8Gi)")
     return float(found[1]) * _UNITS[found[2]]
 
 

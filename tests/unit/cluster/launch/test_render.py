@@ -107,13 +107,22 @@ def test_a_check_has_a_name_of_its_own_and_no_second_attempt() -> None:
     assert config["metadata"]["name"] == "doctor"
 
 
-def test_an_evaluation_is_as_large_as_it_asks() -> None:
-    arguments = ("evaluate", "--run", "demo", "--workers", "3")
-    where = place(nodes="9", gpus=None)
-    rendered = render(where, Submission("demo", "evaluate", arguments), Kubectl())
+@pytest.mark.parametrize(
+    ("values", "arguments", "pods", "gpus"),
+    [
+        ({"overlay": "gpu-multi-node", "nodes": "2", "gpus": 4}, (), 1, 4),
+        ({"overlay": "spot", "components": ("elastic",), "nodes": "1:4"}, (), 1, 1),
+        ({"overlay": "gpu-multi-node", "gpus": 4}, ("--actors=2:9",), 3, 4),
+    ],
+)
+def test_an_evaluation_has_one_machine_of_the_runs_size_or_as_many_as_it_asks_for(
+    values: dict[str, Any], arguments: tuple[str, ...], pods: int, gpus: int
+) -> None:
+    submission = Submission("demo", "evaluate", ("evaluate", "demo", *arguments))
+    rendered = render(place(**values), submission, Kubectl())
     group = read_group(rendered.job)
     assert rendered.name == "evaluate-demo"
-    assert group.low * group.ranks == 3
+    assert (group.low, group.high, group.gpus) == (pods, pods, gpus)
     assert not [d for d in of_kind(rendered, "ConfigMap") if "run.yaml" in d["data"]]
 
 
@@ -219,8 +228,14 @@ def test_images_and_numbers() -> None:
     assert split_image("reg:5000/b:1@sha256:ab") == ("reg:5000/b", "1", "sha256:ab")
     assert node_range("2") == (2, 2)
     assert [quantity(text) for text in ("500m", "2Gi", 3, "1k")] == [0.5, 2.0**31, 3.0, 1000.0]
-    with pytest.raises(ValueError, match="no quantity"):
-        quantity("much")
+
+
+def test_quantities() -> None:
+    given = {"1Ei": 2.0**60, "2E": 2e18, "1e3": 1e3, "1E-2": 0.01, "+3u": 3e-6, ".5Gi": 2.0**29}
+    assert {text: quantity(text) for text in given} == pytest.approx(given)
+    for text in ("much", "1Xi", "1.2.3", "Gi", ""):
+        with pytest.raises(UserError, match="no quantity"):
+            quantity(text)
 
 
 def test_scaling_keeps_shares_and_shared_memory() -> None:
