@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,11 +105,22 @@ _PLACE_OPTIONS = (
     ),
     click.option("--namespace", metavar="NAME", help="By default that of kubectl's context."),
     click.option("--context", metavar="NAME", help="kubectl's context; by default the current."),
+    click.option(
+        "--storage",
+        metavar="DIR",
+        help="Folder that all machines of a Ray cluster share; runs/ and data/ go there. By "
+        "default this directory.",
+    ),
 )
 
 
+def place_option_names(values: Mapping[str, Any]) -> list[str]:
+    """Those of ``place_options`` that were given, as they are typed."""
+    return [f"--{name.replace('components', 'component')}" for name, v in values.items() if v]
+
+
 def place_options(command: _Command) -> _Command:
-    """Where on Kubernetes, and on how many machines."""
+    """Where on a cluster, and on how many machines."""
     for option in reversed(_PLACE_OPTIONS):
         command = option(command)
     return command

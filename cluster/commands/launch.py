@@ -18,6 +18,7 @@ from cluster.options import (
     json_option,
     mirror_option,
     parse_workers,
+    place_option_names,
     place_options,
     print_json,
     runs_option,
@@ -51,12 +52,6 @@ _log_format_option = click.option(
     "--name", metavar="RUN", help="Name of the run; by default the configuration's and the time."
 )
 @place_options
-@click.option(
-    "--storage",
-    metavar="DIR",
-    help="Folder that all machines of a Ray cluster share; runs/ and data/ go there. By default "
-    "this directory.",
-)
 @mirror_option
 @click.option("--dry-run", is_flag=True, help="Print what would be applied; change nothing.")
 @click.option("--detach", is_flag=True, help="Do not wait for the run; only launch it.")
@@ -168,9 +163,9 @@ def resume(
         options = {"name": run, "settings": settings, "log_format": log_format, "runs": runs}
         options |= place_values
     else:
-        if given := [name for name, value in place_values.items() if value]:
+        if given := place_option_names(place_values):
             raise UserError(
-                f"--{given[0].removesuffix('s')}: the run {run} was not launched on a cluster from "
+                f"{given[0]}: the run {run} was not launched on a cluster from "
                 "here: leave it out, or launch the run by its name: babelray launch --name "
                 f"{run} --config FILE"
             )

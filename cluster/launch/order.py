@@ -76,7 +76,7 @@ def choose_place(
         return before  # a Ray cluster, which the record names
     if address:
         if only := [name for name in given if name not in {"nodes", "gpus"}]:
-            options = ", ".join(f"--{name.removesuffix('s')}" for name in only)
+            options = ", ".join(f"--{name.replace('components', 'component')}" for name in only)
             raise UserError(
                 f"{options}: only for Kubernetes, but RAY_ADDRESS={address} names a Ray cluster: "
                 "leave the option out, or unset RAY_ADDRESS"

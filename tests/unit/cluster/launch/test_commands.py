@@ -149,7 +149,7 @@ def test_the_end_as_json(babelray: Babelray, target: FakeTarget) -> None:
         (["launch", "--config", TINY, "--nodes", "4:2"], ["the least comes first: 2:4"]),
         (["launch", "--config", TINY, "--set", "data.lanes=1"], ["data.lanes 1"]),
         (["resume", "one"], ["no run 'one'"]),
-        (["resume", "one", "--nodes", "2"], ["--node: the run one was not launched"]),
+        (["resume", "one", "--nodes", "2"], ["--nodes: the run one was not launched"]),
         (["stop", "one"], ["no run 'one'"]),
     ],
 )
