@@ -392,7 +392,8 @@ def test_a_problem_reads_as_one_line():
 
 def test_a_pod_of_ones_own_is_looked_at_too():
     (pod,) = rendering.kustomize(rendering.K8S / "toolbox")
-    (missing,) = lint([pod])
+    account = {"kind": "ServiceAccount", "metadata": {"name": "babelray"}}
+    (missing,) = lint([pod, account])
     assert missing.where == "spec.volumes[0].persistentVolumeClaim"
     pod["spec"]["containers"][0]["securityContext"] = {"privileged": True}
-    assert len(lint([pod])) == 5
+    assert len(lint([pod, account])) == 5

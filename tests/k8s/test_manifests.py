@@ -10,6 +10,7 @@ import pytest
 
 from cluster.cli import cli
 from cluster.launch.lint import lint
+from cluster.launch.lint_pods import matches
 from tests.k8s import rendering, schemas
 from tests.k8s.rendering import K8S, OVERLAYS, Choice, kustomize, render, render_all
 from trainer.config import parse_config, read_values
@@ -66,8 +67,9 @@ def test_what_is_applied_by_itself(folder):
     assert documents
     for document in documents:
         assert schemas.problems(document) == []
-    storage = [one for one in render(("gpu", ())) if one["kind"] == "PersistentVolumeClaim"]
-    assert lint([*documents, *storage]) == []
+    shared = ("PersistentVolumeClaim", "ServiceAccount")
+    launched = [one for one in render(("gpu", ())) if one["kind"] in shared]
+    assert lint([*documents, *launched]) == []
 
 
 def test_the_namespace_lets_only_restricted_pods_in():
@@ -112,6 +114,59 @@ def test_the_head_asks_for_no_gpu_and_sees_none():
         (container,) = head["template"]["spec"]["containers"]
         assert not [name for name in container["resources"]["limits"] if "/" in name]
         assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container["env"]
+
+
+def pods_of(choice: Choice, component: str = "training"):
+    """Templates of head, worker and submitter."""
+    spec = job(choice, component)["spec"]
+    cluster = spec["rayClusterSpec"]
+    workers = cluster["workerGroupSpecs"][0]["template"]
+    return cluster["headGroupSpec"]["template"], workers, spec["submitterPodTemplate"]
+
+
+def test_pods_go_where_the_image_runs():
+    for overlay in OVERLAYS:
+        for pod in (*pods_of((overlay, ())), *pods_of((overlay, ()), "evaluation")):
+            # A laptop's only machine has whatever architecture the laptop has.
+            arch = None if overlay == "cpu-smoke" else "amd64"
+            assert pod["spec"]["nodeSelector"].get("kubernetes.io/arch") == arch
+
+
+def test_autoscalers_leave_pods_alone_but_on_machines_that_may_be_taken():
+    stay = {
+        "karpenter.sh/do-not-disrupt": "true",
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    }
+    for overlay in OVERLAYS:
+        head, workers, submitter = pods_of((overlay, ()))
+        assert head["metadata"]["annotations"] == submitter["metadata"]["annotations"] == stay
+        assert workers["metadata"]["annotations"] == ({} if overlay == "spot" else stay)
+
+
+def test_a_job_of_another_overlay_is_tried_again_as_often():
+    for component, attempts in (("training", 3), ("evaluation", 2)):
+        found = {job((overlay, ()), component)["spec"]["backoffLimit"] for overlay in OVERLAYS}
+        assert found == {attempts}
+
+
+def test_policies_hold_for_jobs_that_were_launched_with_them_only():
+    documents = render(("gpu", ("network-policy",)))
+    policies = [one["spec"] for one in documents if one["kind"] == "NetworkPolicy"]
+    assert len(policies) == 6
+    for component in ("training", "evaluation"):
+        restricted = pods_of(("gpu", ("network-policy",)), component)
+        for policy in policies:
+            assert any(
+                matches(policy["podSelector"], {"ray.io/node-type": "head", **labels_of(pod)})
+                for pod in restricted
+            )
+        for pod in pods_of(("gpu", ()), component):
+            labels = {"ray.io/node-type": "head", **labels_of(pod)}
+            assert not any(matches(policy["podSelector"], labels) for policy in policies)
+
+
+def labels_of(pod):
+    return pod["metadata"]["labels"]
 
 
 def test_elastic_workers_are_those_that_the_entrypoint_asks_for():
