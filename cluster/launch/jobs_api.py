@@ -92,9 +92,10 @@ class JobsApi:
         found = cast("list[dict[str, Any]]", self._json("GET", "/api/jobs/") or [])
         return [job for job in found if job.get("type") == "SUBMISSION"]
 
-    def job(self, job: str) -> dict[str, Any] | None:
+    def job(self, job: str, *, timeout_s: float = _ANSWER_S) -> dict[str, Any] | None:
         """One job's JobDetails; None if the cluster knows of none."""
-        return cast("dict[str, Any] | None", self._json("GET", f"/api/jobs/{job}"))
+        found = self._json("GET", f"/api/jobs/{job}", timeout_s=timeout_s)
+        return cast("dict[str, Any] | None", found)
 
     def submit(self, request: dict[str, Any]) -> None:
         """Hand a job over; ``request`` is Ray's JobSubmitRequest."""
