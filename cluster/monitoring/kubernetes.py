@@ -12,12 +12,12 @@ SOURCES = ("alerts.yaml", "alerts-kubernetes.yaml")
 RULES = MONITORING / "rules.yaml"
 
 # Prometheus finds a pod before anything in it serves metrics, and while a long corpus is prepared
-# nothing does. So on Kubernetes only a target that has answered can be missed.
+# nothing does. So on Kubernetes only a target that has answered can be missed; one of a run that is
+# over says nothing about the next run's, though they may have the same address.
+_ANSWERED = 'and on (instance, pod) max_over_time(up{job="babelray"}[1h]) == 1'
 _HAS_ANSWERED = {
-    "BabelrayTargetDown": 'and on (instance) max_over_time(up{job="babelray"}[1h]) == 1',
-    "BabelrayNotWatched": (
-        'and on (job) max by (job) (max_over_time(up{job="babelray"}[1h])) == 1'
-    ),
+    "BabelrayTargetDown": _ANSWERED,
+    "BabelrayNotWatched": f'and on (job) (up{{job="babelray"}} == 0 {_ANSWERED})',
 }
 _LABELS = {
     "app.kubernetes.io/name": "babelray",

@@ -31,7 +31,7 @@ RUNBOOK = (catalogue.MONITORING.parents[1] / "docs" / "runbook.md").read_text(en
 DASHBOARDS = {name: catalogue.load(name) for name in catalogue.NAMES}
 EXPRESSIONS = catalogue.expressions()
 
-_TARGET = {"instance", "job"}  # what Prometheus adds to each series
+_TARGET = {"instance", "job", "pod"}  # what Prometheus adds to each series, pod on Kubernetes
 # Ray's, by the labels that are used; ray/dashboard/modules/{metrics,reporter} of ray 2.60.
 RAY_LABELS = {
     "ray_node_cpu_utilization": set(),
@@ -152,38 +152,59 @@ def test_the_rules_for_kubernetes_are_what_the_code_makes():
 
 
 def test_a_pod_that_has_never_answered_is_not_missed(tmp_path):
-    """Prometheus finds pods from their start; one of two serves metrics, and then stops."""
+    """Prometheus finds pods from their start, and a long corpus keeps them silent."""
     groups = kubernetes.prometheus_rule()["spec"]["groups"]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}), encoding="utf-8")
-    case = {
-        "interval": "1m",
-        "input_series": [
-            {"series": 'up{job="babelray",instance="a"}', "values": "0x30 1x30 0x60"},
-            {"series": 'up{job="babelray",instance="b"}', "values": "0x120"},
-        ],
-        "promql_expr_test": [
+
+    def case(ups: dict[str, str], firing: dict[int, dict[str, str]], **series: str):
+        of = {f'up{{job="babelray",{pod}}}': values for pod, values in ups.items()}
+        return {
+            "interval": "1m",
+            "input_series": [{"series": s, "values": v} for s, v in {**of, **series}.items()],
+            "promql_expr_test": [
+                {
+                    "expr": 'ALERTS{alertstate="firing"}',
+                    "eval_time": f"{minute}m",
+                    "exp_samples": [
+                        {
+                            "labels": f'ALERTS{{alertname="{name}",alertstate="firing",{labels}}}',
+                            "value": 1,
+                        }
+                        for name, labels in found.items()
+                    ],
+                }
+                for minute, found in firing.items()
+            ],
+        }
+
+    down = 'instance="a",pod="p1",job="babelray",severity="ticket"'
+    started = 'babelray_run_started_timestamp_seconds{run="r",instance="a",pod="p1"}'
+    cases = [
+        # One of two pods serves metrics, and then stops.
+        case(
+            {'instance="a",pod="p1"': "0x30 1x30 0x60", 'instance="b",pod="p2"': "0x120"},
             {
-                "expr": f'ALERTS{{alertstate="firing",alertname="{name}"}}',
-                "eval_time": f"{minute}m",
-                "exp_samples": [
-                    {
-                        "labels": f'ALERTS{{alertname="{name}",alertstate="firing",{labels}}}',
-                        "value": 1,
-                    }
-                    for labels in found
-                ],
-            }
-            for name, minute, found in [
-                ("BabelrayTargetDown", 25, []),
-                ("BabelrayNotWatched", 25, []),
-                ("BabelrayTargetDown", 70, ['instance="a",job="babelray",severity="ticket"']),
-                ("BabelrayNotWatched", 75, ['job="babelray",severity="page"']),
-            ]
-        ],
-    }
+                25: {},
+                75: {
+                    "BabelrayTargetDown": down,
+                    "BabelrayNotWatched": 'job="babelray",severity="page"',
+                },
+            },
+        ),
+        # A run ends; the next prepares its corpus, one of its pods at the address of the old one.
+        case(
+            {
+                'instance="a",pod="p1"': "1x30 0x2 stale",
+                'instance="a",pod="p3"': "_x35 0x45",
+                'instance="b",pod="p4"': "_x35 0x45",
+            },
+            {42: {}, 60: {}, 75: {}},
+            **{started: "0x30 stale"},
+        ),
+    ]
     file = tmp_path / "rules_test.yaml"
     file.write_text(
-        yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": [case]}), encoding="utf-8"
+        yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": cases}), encoding="utf-8"
     )
     ended = promtool("test", "rules", str(file))
     assert ended.returncode == 0, ended.stdout + ended.stderr
