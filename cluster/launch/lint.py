@@ -24,6 +24,7 @@ from cluster.launch.lint_pods import (
     matches,
     resources,
     security,
+    submitter,
 )
 from cluster.launch.sizes import quantity
 
@@ -73,6 +74,12 @@ def lint(documents: Sequence[Document]) -> list[Problem]:
             for pod in pods
             if (pod.kind, pod.name) == (document["kind"], document["metadata"]["name"])
             for problem in (*check(pod, names), *_grace(pod, grace_s))
+        ]
+        found += [
+            problem
+            for pod in pod_templates(document)
+            if pod.role == "submitter"
+            for problem in submitter(pod, document["spec"].get("entrypoint"))
         ]
     return found
 
@@ -204,7 +211,7 @@ def _retries_and_words(document: Document) -> Iterator[Problem]:
             "RayJob",
             name,
             where,
-            f"{unsafe[0]!r}: the submitter's shell would read it, before Ray's does",
+            f"{unsafe[0]!r}: the shell on the head would read it",
             "put values with such signs into the configuration",
         )
     words = entrypoint.split()

@@ -11,6 +11,9 @@ from cluster.launch.sizes import quantity
 Document = Mapping[str, Any]
 Role = Literal["head", "worker", "submitter", "autoscaler", "pod"]
 
+# cluster.launch.submitter, which nothing here needs to import.
+COMMAND = ("python", "-m", "cluster.launch.submitter")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -78,6 +81,26 @@ def check(pod: PodTemplate, names: Mapping[str, set[str]]) -> Iterator[Problem]:
         yield from resources(pod, where, container)
         yield from security(pod, where, container, pod.spec)
         yield from _folders(pod, where, container)
+
+
+def submitter(pod: PodTemplate, entrypoint: object) -> Iterator[Problem]:
+    """What hands a RayJob's entrypoint in: KubeRay asks for both, and compares nothing."""
+    at, container = next(pod.containers(), ("containers[0]", {}))
+    given = [*(container.get("command") or ()), *(container.get("args") or ())]
+    own, told = given[: len(COMMAND)], " ".join(map(str, given[len(COMMAND) :]))
+    if tuple(own) != COMMAND:
+        yield pod.problem(
+            f"{at}.command",
+            "KubeRay's own waits for ever for a head that is lost, and takes a log stream that "
+            "ends for the end of the job",
+            f"command: [{', '.join(COMMAND)}], and the entrypoint as args, as in k8s/base",
+        )
+    elif told.split() != str(entrypoint).split():
+        yield pod.problem(
+            f"{at}.args",
+            f"it would hand in {told!r}, and spec.entrypoint is another",
+            "change both",
+        )
 
 
 def _volumes(pod: PodTemplate) -> Iterator[Problem]:

@@ -46,7 +46,7 @@ COMPONENT_LABEL = "app.kubernetes.io/component"
 # KubeRay's bound (it adds to the name), and it must be a DNS-1035 label.
 _MAX_NAME = 47
 _COMPONENT: dict[Kind, str] = {"train": "training", "doctor": "training", "evaluate": "evaluation"}
-# KubeRay puts the entrypoint into a shell's command line without quotes.
+# The entrypoint is a shell's command line on the head, without quotes.
 _SAFE_WORD = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 _PER_RUN = ("RayJob", "PodDisruptionBudget")
 _NO_CONFIG = "# This job needs no configuration.\n"
@@ -234,9 +234,17 @@ def _identity(document: Document, name: str, submission: Submission) -> list[dic
         change(f"/metadata/annotations/{escape(RUN_ANNOTATION)}", submission.run),
     ]
     if document["kind"] == "RayJob":
-        changes.append(change("/spec/entrypoint", entrypoint(submission)))
+        changes += _commands(document, entrypoint(submission))
         if submission.kind == "doctor":
             changes.append(change("/spec/backoffLimit", 0))
+    return changes
+
+
+def _commands(job: Document, line: str) -> list[dict[str, object]]:
+    """A command line where KubeRay reads it, and where the pod that hands it in does."""
+    changes = [change("/spec/entrypoint", line)]
+    if job["spec"].get("submitterPodTemplate"):
+        changes.append(change("/spec/submitterPodTemplate/spec/containers/0/args", [line]))
     return changes
 
 

@@ -31,7 +31,6 @@ from data_shards.errors import UserError
 
 ADDRESS_VARIABLE = "RAY_DASHBOARD_ADDRESS"  # HOST:PORT, with or without http://
 JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"
-COMMAND = ("python", "-m", "cluster.launch.submitter")
 
 _OVER = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _LOG_ATTEMPTS = 3  # once the job is over
