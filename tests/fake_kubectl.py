@@ -87,10 +87,28 @@ def get(words, flags):
     items = [value for key, value in objects.items() if key.rpartition("/")[0] == kind]
     if "--selector" in flags:
         items = [item for item in items if selected(item, flags["--selector"])]
+    if "--output" in flags and flags["--output"].startswith("go-template"):
+        print("".join(map(pod_line, items)), end="")
+        return
+    if flags.get("--output") == "name":
+        print("\n".join(f"{kind}/{item['metadata']['name']}" for item in items))
+        return
     if "--field-selector" in flags:
         name = re.search(r"involvedObject\.name=([^,]+)", flags["--field-selector"])[1]
         items = [item for item in items if item["involvedObject"]["name"] == name]
     print(json.dumps({"items": items}))
+
+
+def pod_line(pod):
+    """What cluster.launch.room.POD_LINES makes of a pod that is not over."""
+    if pod["status"].get("phase") in ("Succeeded", "Failed"):
+        return ""
+    parts = [pod["spec"].get("nodeName", "")]
+    for field in ("containers", "initContainers"):
+        resources = [c.get("resources", {}) for c in pod["spec"].get(field, [])]
+        asked = [{**r.get("limits", {}), **r.get("requests", {})} for r in resources]
+        parts.append("".join("".join(f"{k}={v}," for k, v in a.items()) + ";" for a in asked))
+    return "|".join(parts) + "\n"
 
 
 def apply(flags):

@@ -1,4 +1,4 @@
-"""Whether a cluster has room for a job: on its nodes, in its quotas, in its storage."""
+"""Whether a cluster has room for a job: in its quotas, in its storage."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 
 from cluster.checks import Check
 from cluster.launch.kubectl import Kubectl, KubectlError
+from cluster.launch.room import Amounts, pod_requests
 from cluster.launch.sizes import group_index, quantity, read_group
 
 Document = Mapping[str, Any]
-# By resource, in base units: cores, bytes, pieces.
-Amounts = dict[str, float]
 
-_OVER = ("Succeeded", "Failed")
 # These give a volume to one node at a time.
 _ONE_NODE = frozenset(
     {
@@ -25,97 +23,6 @@ _ONE_NODE = frozenset(
     }
 )  # fmt: skip
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
-
-
-def pod_requests(spec: Mapping[str, Any]) -> Amounts:
-    """What the scheduler sets aside for a pod."""
-    total: Amounts = defaultdict(float)
-    for container in spec.get("containers") or []:
-        for name, amount in _asked(container).items():
-            total[name] += amount
-    for container in spec.get("initContainers") or []:
-        for name, amount in _asked(container).items():
-            total[name] = max(total[name], amount)
-    total["pods"] = 1
-    return total
-
-
-def _asked(container: Mapping[str, Any]) -> Amounts:
-    resources = container.get("resources") or {}
-    merged = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
-    return {name: quantity(amount) for name, amount in merged.items()}
-
-
-def node_checks(kubectl: Kubectl, job: Document) -> Iterator[Check]:
-    """How many of the worker pods find a place on the nodes now."""
-    name = "room on the nodes"
-    nodes = kubectl.list("nodes")
-    pods = kubectl.list("pods", more=["--all-namespaces"])
-    group = read_group(job)
-    worker = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][group_index(job)]["template"]["spec"]
-    usable = [node for node in nodes if _takes(node, worker)]
-    need = pod_requests(worker)
-    each = f"{group.gpus} GPU" if group.gpus else f"{need['cpu']:g} CPU"
-    each += f" and {need['memory'] / 2**30:.3g} GiB"
-    fit = sum(_fitting(_free(node, pods), need) for node in usable)
-    if fit >= group.low:
-        yield Check(name, "ok", f"{group.low} workers of {each} fit now ({fit} would)")
-        return
-    empty = sum(_fitting(_allocatable(node), need) for node in usable)
-    excluded = len(nodes) - len(usable)
-    found = f"{fit} of {group.low} workers of {each} fit now, {empty} if all were free"
-    if excluded:
-        found += f" ({excluded} of {len(nodes)} nodes are excluded by selector, taint or cordon)"
-    mend = "the job waits until there is room" if empty >= group.low else (
-        "it will wait for ever unless nodes are added (by an autoscaler, perhaps): choose fewer "
-        "--nodes or --gpus, or the selectors and tolerations of an overlay of your own"
-    )  # fmt: skip
-    yield Check(name, "warning", found, mend)
-
-
-def _takes(node: Document, pod: Mapping[str, Any]) -> bool:
-    labels = node["metadata"].get("labels") or {}
-    spec = node.get("spec") or {}
-    if spec.get("unschedulable"):
-        return False
-    if any(labels.get(key) != value for key, value in (pod.get("nodeSelector") or {}).items()):
-        return False
-    tolerations = pod.get("tolerations") or []
-    return all(
-        taint.get("effect") == "PreferNoSchedule" or any(_tolerates(t, taint) for t in tolerations)
-        for taint in spec.get("taints") or []
-    )
-
-
-def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
-    if toleration.get("effect") not in (None, "", taint.get("effect")):
-        return False
-    if toleration.get("operator") == "Exists":
-        return toleration.get("key") in (None, "", taint.get("key"))
-    same_key = toleration.get("key") == taint.get("key")
-    return same_key and (toleration.get("value") or "") == (taint.get("value") or "")
-
-
-def _allocatable(node: Document) -> Amounts:
-    amounts = (node.get("status") or {}).get("allocatable") or {}
-    return {name: quantity(amount) for name, amount in amounts.items()}
-
-
-def _free(node: Document, pods: Sequence[Document]) -> Amounts:
-    free = _allocatable(node)
-    for pod in pods:
-        spec = pod.get("spec") or {}
-        here = spec.get("nodeName") == node["metadata"]["name"]
-        if here and (pod.get("status") or {}).get("phase") not in _OVER:
-            for name, amount in pod_requests(spec).items():
-                free[name] = free.get(name, 0.0) - amount
-    return free
-
-
-def _fitting(free: Amounts, need: Amounts) -> int:
-    return max(
-        0, min(int(free.get(name, 0.0) / amount) for name, amount in need.items() if amount > 0)
-    )
 
 
 def demand(job: Document) -> Amounts:
@@ -212,7 +119,7 @@ _SHARED = "pods on several nodes need a claim with ReadWriteMany (NFS, Filestore
 
 def _several_nodes(kubectl: Kubectl) -> str | None:
     try:
-        number = len(kubectl.list("nodes"))
+        number = len(kubectl.text("get", "nodes", "--output=name").split())
     except KubectlError as error:
         if error.trouble != "forbidden":
             raise
@@ -234,11 +141,7 @@ def _class(kubectl: Kubectl, claim: Document) -> Check:
         return Check("storage", "ok", f"the claim {name} takes a volume that was made for it")
     classes = kubectl.list("storageclasses.storage.k8s.io")
     if asked is None:
-        chosen = [
-            c
-            for c in classes
-            if (c["metadata"].get("annotations") or {}).get(_DEFAULT_CLASS) == "true"
-        ]
+        chosen = [c for c in classes if _is_default(c)]
     else:
         chosen = [c for c in classes if c["metadata"]["name"] == asked]
     known = ", ".join(c["metadata"]["name"] for c in classes) or "none"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.checks import Check, failures
-from cluster.launch.capacity import demand, node_checks, quota_checks, storage_checks
+from cluster.launch.capacity import demand, quota_checks, storage_checks
 from cluster.launch.kubectl import Kubectl
 from cluster.launch.preflight import (
     _image,
@@ -22,6 +25,8 @@ from cluster.launch.preflight import (
     cluster_checks,
     resource_of,
 )
+from cluster.launch.room import POD_LINES, node_checks, refusal
+from cluster.launch.secret_checks import secret_checks
 from cluster.launch.target import Place
 from tests.kubernetes import FakeCluster
 
@@ -303,33 +308,173 @@ def test_room_is_what_others_left(fake: FakeCluster) -> None:
     fake.put("pods", used("x", "a", 6), used("y", "b", 5), used("z", "a", 8, "Succeeded"))
     [found] = node_checks(Kubectl(), job(workers=2, gpus=4))
     assert found.outcome == "warning"
-    assert found.found.startswith("0 of 2 workers of 4 GPU and 64 GiB fit now, 4 if all were free")
-    assert "1 of 3 nodes are excluded" in found.found
+    assert found.found == (
+        "0 of 2 workers of 4 GPU, 8 CPU and 64 GiB fit now, 4 if all were free; "
+        "1 of 3 nodes are excluded: cordoned (1); short now: nvidia.com/gpu"
+    )
     assert "waits until there is room" in (found.mend or "")
     [found] = node_checks(Kubectl(), job(workers=5, gpus=4))
-    assert "wait for ever" in (found.mend or "")
+    assert "waits for ever" in (found.mend or "")
     [found] = node_checks(Kubectl(), job(workers=2, gpus=2))
     assert found.outcome == "ok"
 
 
-def test_taints_tolerations_and_selectors(fake: FakeCluster) -> None:
+def small(name: str, cpu: str, memory: str, gpus: int = 0) -> dict[str, Any]:
+    value = node(name, gpus)
+    value["status"]["allocatable"] |= {"cpu": cpu, "memory": memory}
+    return value
+
+
+def test_machines_that_are_too_small_and_what_of(fake: FakeCluster) -> None:
+    fake.put("nodes", small("head", "4", "16Gi"), small("a", "7910m", "96Gi", 1))
+    [found] = node_checks(Kubectl(), job(workers=1, gpus=1))
+    assert found.found.endswith("CPU: 8 asked for, a node has 7.91 at most")
+    assert "ask for less in an overlay of your own" in (found.mend or "")
+    assert "--gpus" not in (found.mend or "")
+    [found] = node_checks(Kubectl(), job(workers=1, gpus=4))
+    assert "nvidia.com/gpu: 4 asked for, a node has 1 at most" in found.found
+    assert "fewer --gpus" in (found.mend or "")
+
+
+def test_the_head_needs_a_place_too(fake: FakeCluster) -> None:
+    value = job(tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists"}])
+    value["spec"]["submitterPodTemplate"] = template("1", "1Gi")
     fake.put("nodes", node("a", 8, taint="nvidia.com/gpu"))
-    [found] = node_checks(Kubectl(), job())
-    assert "1 of 1 nodes are excluded" in found.found
+    head, submitter, workers = node_checks(Kubectl(), value)
+    assert (head.outcome, submitter.outcome, workers.outcome) == ("warning", "warning", "ok")
+    assert head.found == (
+        "the head (2 CPU and 8 GiB) fits on no node now; 1 of 1 nodes are excluded: "
+        "taint nvidia.com/gpu (1)"
+    )
+    assert "tolerations" in (head.mend or "")
+    assert (head.name, submitter.name) == ("room for the head", "room for the submitter")
+    # Beside the head on the only machine there is no room for the worker, ever.
+    fake.put("nodes", small("a", "9", "96Gi", 8))
+    [found] = node_checks(Kubectl(), job(workers=1))
+    assert found.found.endswith("CPU: 8 asked for, a node has 7 at most")
+
+
+def test_taints_tolerations_and_selectors() -> None:
+    tainted = node("a", 8, taint="nvidia.com/gpu")
+    assert refusal(tainted, {}) == "taint nvidia.com/gpu"
     for toleration in (
         {"key": "nvidia.com/gpu", "operator": "Exists"},
         {"operator": "Exists"},
         {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
     ):
-        [found] = node_checks(Kubectl(), job(tolerations=[toleration]))
-        assert found.outcome == "ok"
+        assert refusal(tainted, {"tolerations": [toleration]}) is None
     bad = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoExecute"}
     tolerations = [bad, {"key": "x", "operator": "Exists"}]
-    [found] = node_checks(Kubectl(), job(tolerations=tolerations))
-    assert found.outcome == "warning"
-    every = [{"operator": "Exists"}]
-    [found] = node_checks(Kubectl(), job(tolerations=every, nodeSelector={"gpu": "h100"}))
-    assert "excluded" in found.found
+    assert refusal(tainted, {"tolerations": tolerations}) == "taint nvidia.com/gpu"
+    assert refusal(node("a", 8), {"nodeSelector": {"gpu": "h100"}}) == "gpu is not h100"
+
+
+def needs(*terms: dict[str, Any]) -> dict[str, Any]:
+    required = {"nodeSelectorTerms": list(terms)}
+    return {
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+    }
+
+
+def term(key: str, operator: str, *values: str, field: str = "Expressions") -> dict[str, Any]:
+    return {f"match{field}": [{"key": key, "operator": operator, "values": list(values)}]}
+
+
+@pytest.mark.parametrize(
+    ("terms", "is_taken"),
+    [
+        ([term("gke-spot", "In", "true"), term("capacity", "In", "spot")], True),
+        ([term("gke-spot", "In", "true")], False),
+        ([{}], False),
+        ([term("capacity", "NotIn", "spot")], False),  # codespell:ignore
+        ([term("gke-spot", "NotIn", "true")], True),  # codespell:ignore
+        ([term("gpus", "Gt", "4")], True),
+        ([term("gpus", "Lt", "4")], False),
+        ([term("capacity", "Gt", "4")], False),
+        ([term("gpus", "Exists"), term("gpus", "DoesNotExist")], True),
+        ([{**term("gpus", "Exists"), **term("metadata.name", "In", "b", field="Fields")}], False),
+    ],
+)
+def test_node_affinity(terms: list[dict[str, Any]], is_taken: bool) -> None:
+    value = node("a", 8)
+    value["metadata"]["labels"] |= {"capacity": "spot", "gpus": "8"}
+    assert refusal(value, needs(*terms)) == (None if is_taken else "node affinity")
+
+
+def test_a_cluster_too_large_to_be_counted_is_launched_on(
+    fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kubectl, "may", lambda *question: True)
+    said = "Unable to connect to the server: context deadline exceeded (Client.Timeout exceeded)"
+    fake.rule("get pods --all-namespaces", err=said, rc=1)
+    good(fake)
+    hard = {"requests.memory": "1Ei", "requests.cpu": "1 or 2"}
+    fake.put("resourcequotas", {"metadata": {"name": "q"}, "status": {"hard": hard}})
+    found = checks()
+    assert (found["room on the nodes"].outcome, found["quota"].outcome) == ("warning", "warning")
+    assert "'1 or 2' is no quantity" in (found["quota"].mend or "")
+    assert not failures(found.values())
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on PATH")
+def test_pods_as_the_real_kubectl_tells_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = {"requests": {"cpu": "500m", "nvidia.com/gpu": "2"}, "limits": {"cpu": "9"}}
+    spec = {"nodeName": "a", "containers": [{"resources": resources}, {"name": "bare"}]}
+    spec["initContainers"] = [{"resources": {"requests": {"memory": "1Gi"}}}]
+    pods = [{"metadata": {"name": "x"}, "spec": spec}, {"metadata": {"name": "y"}, "spec": {}}]
+    kind = {"name": "pods", "kind": "Pod", "namespaced": True, "verbs": ["get", "list"]}
+    answers = {
+        "/api": {"kind": "APIVersions", "versions": ["v1"]},
+        "/apis": {"kind": "APIGroupList", "groups": []},
+        "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [kind]},
+        "/api/v1/pods": {"kind": "PodList", "apiVersion": "v1", "items": pods},
+    }
+
+    class Api(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(answers.get(self.path.partition("?")[0], {})).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None: ...
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KUBECONFIG", "/dev/null")
+    with HTTPServer(("127.0.0.1", 0), Api) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"--server=http://127.0.0.1:{server.server_port}"
+        text = Kubectl().text(
+            "get", "pods", address, "--all-namespaces", f"--output=go-template={POD_LINES}"
+        )
+        server.shutdown()
+    assert text == "a|cpu=500m,nvidia.com/gpu=2,;;|memory=1Gi,;\n||\n"
+
+
+def test_secrets_that_pods_read(fake: FakeCluster) -> None:
+    value = job()
+    cluster = value["spec"]["rayClusterSpec"]
+    [group] = cluster["workerGroupSpecs"]
+    for part in (cluster["headGroupSpec"], group):
+        [container] = part["template"]["spec"]["containers"]
+        container["envFrom"] = [{"secretRef": {"name": "babelray-s3"}}]
+    reference = {"name": "hub", "key": "token"}
+    container["env"] = [{"name": "TOKEN", "valueFrom": {"secretKeyRef": reference}}]
+    some = {"name": "extra", "secret": {"secretName": "extra", "optional": True}}
+    own = {"name": "own", "secret": {"secretName": "own"}}
+    group["template"]["spec"]["volumes"] = [some, own]
+    brought = {"kind": "Secret", "metadata": {"name": "own"}}
+    s3, hub = secret_checks(TEAM, [brought], value)
+    assert (s3.outcome, hub.outcome) == ("failure", "failure")
+    assert "there is no secret babelray-s3" in s3.found
+    assert "kubectl -n team create secret generic babelray-s3" in (s3.mend or "")
+    assert "--from-literal=token=..." in (hub.mend or "")
+    fake.put("secrets", {"metadata": {"name": "babelray-s3"}}, {"metadata": {"name": "hub"}})
+    s3, hub = secret_checks(TEAM, [brought], value)
+    assert (s3.outcome, hub.found.partition(":")[0]) == ("ok", "the secret hub lacks token")
 
 
 def test_what_a_job_asks_for_and_a_quota_leaves(fake: FakeCluster) -> None:
