@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 from cluster.checks import Check
 from cluster.launch import pod_logs, watch
 from cluster.launch.kubectl import Kubectl, KubectlError, complaint, ending
+from cluster.launch.overlays import head_image, manifests_dir
 from cluster.launch.rayjob import facts, is_ours, job_of, uses_tokens
-from cluster.launch.render import Rendering, job_name, render, render_overlay
+from cluster.launch.render import COMPONENT_LABEL, Rendering, job_name, render, render_overlay
 from cluster.launch.sizes import workers_of
 from cluster.launch.target import (
     Job,
@@ -31,6 +33,7 @@ from data_shards.errors import UserError
 FIELD_MANAGER = "babelray"
 _FORWARDING = re.compile(r"Forwarding from (127\.0\.0\.1:\d+) ->")
 _DASHBOARD_PORT = 8265
+_TOOLBOX = "babelray-toolbox"
 _FORWARD_TIMEOUT_S = 20.0
 # A RayJob that is deleted stops its job and takes its cluster along; pods have a grace period.
 _DELETE_TIMEOUT_S = 240.0
@@ -201,9 +204,9 @@ class KubernetesTarget:
         return watch.follow(self._there, job, self._told, poll_s=self._poll_s, sleep=self._sleep)
 
     def run(self, run: str, arguments: Sequence[str]) -> Iterator[str]:
-        """Run ``babelray`` in the head pod of the run; the lines it prints."""
-        head = self._head(run)
-        command = ["exec", head, "--container=ray-head", "--", "babelray", *arguments]
+        """Run ``babelray`` in the run's head pod, or else in the toolbox; the lines it prints."""
+        pod, container = self._head(run) or self._toolbox(run)
+        command = ["exec", pod, f"--container={container}", "--", "babelray", *arguments]
         for line, status in pod_logs.remote_lines(self._there, command):
             if status is None:
                 yield line
@@ -220,16 +223,41 @@ class KubernetesTarget:
             if rayjob is not None and cluster and is_ours(rayjob, run):
                 yield rayjob, str(cluster)
 
-    def _head(self, run: str) -> str:
+    def _head(self, run: str) -> tuple[str, str] | None:
         for _, cluster in self._clusters(run):
             labels = f"ray.io/cluster={cluster},ray.io/node-type=head"
-            for pod in self._there.list("pods", labels=labels):
-                if (pod.get("status") or {}).get("phase") == "Running":
-                    return str(pod["metadata"]["name"])
-        toolbox = self._there.for_person("apply", "-k", "k8s/toolbox")
+            if pod := self._running(labels):
+                return pod, "ray-head"
+        return None
+
+    def _running(self, labels: str) -> str | None:
+        for pod in self._there.list("pods", labels=labels):
+            is_leaving = pod["metadata"].get("deletionTimestamp")
+            if (pod.get("status") or {}).get("phase") == "Running" and not is_leaving:
+                return str(pod["metadata"]["name"])
+        return None
+
+    def _toolbox(self, run: str) -> tuple[str, str]:
+        """The pod with the storage that stays after a run's end, if somebody started it.
+
+        Raises:
+            UserError: nobody did; the message has the commands.
+        """
+        if pod := self._running(f"{COMPONENT_LABEL}=toolbox"):
+            return pod, "toolbox"
+        rayjob = self._rayjob(run, "train") or self._rayjob(run, "evaluate")
+        image = head_image(rayjob or self._plain.job)
+        replace_it = self._there.for_person("replace", "--force", "-f", "-")
+        wait = self._there.for_person("wait", "--for=condition=Ready", f"pod/{_TOOLBOX}")
+        delete = self._there.for_person("delete", "pod", _TOOLBOX)
         raise UserError(
-            f"no pod of {run} runs now, so nothing there can read its files: `{toolbox}` starts a "
-            f"small one with the storage at {self.storage} (docs/kubernetes.md)"
+            f"no pod of {run} runs now, so nothing there can read its files. Start a small one "
+            f"with the storage at {self.storage}, then give the same command again:\n"
+            f"  kubectl kustomize {shlex.quote(str(manifests_dir() / 'toolbox'))} \\\n"
+            f"    | kubectl set image --local -f - toolbox={shlex.quote(image)} -o yaml \\\n"
+            f"    | {replace_it}\n"
+            f"  {wait}\n"
+            f"It ends by itself after eight hours, or with: {delete}"
         )
 
     def cancel(self, job: Job) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tests.kubernetes import FakeCluster, pod, rayjob
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on PATH")
 CLUSTER = {"ray.io/cluster": "c1"}
+TOOLBOX = {"app.kubernetes.io/component": "toolbox"}
 SUBMITTER = {"job-name": "train-demo"}
 RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "jobId": "j1"}
 RUNNING["rayClusterName"] = "c1"
@@ -517,10 +520,45 @@ def test_a_command_that_fails_there(fake: FakeCluster, target: KubernetesTarget)
         list(target.run("demo", ["status"]))
 
 
-def test_no_machine_to_run_a_command_on(fake: FakeCluster, target: KubernetesTarget) -> None:
-    fake.put("rayjobs.ray.io", rayjob(**DONE))
-    with pytest.raises(UserError, match=r"no pod of demo runs now.*k8s/toolbox"):
+def over_with_image(image: str) -> dict[str, Any]:
+    value = rayjob(**DONE)
+    template = {"spec": {"containers": [{"image": image}]}}
+    value["spec"]["rayClusterSpec"] = {"headGroupSpec": {"template": template}}
+    return value
+
+
+@needs_kubectl
+def test_no_machine_to_run_a_command_on(
+    fake: FakeCluster, target: KubernetesTarget, tmp_path: Path
+) -> None:
+    image = "reg.test/babelray@sha256:" + "a" * 64
+    fake.put("rayjobs.ray.io", over_with_image(image))
+    leaving = pod("h", labels={**CLUSTER, "ray.io/node-type": "head"}, phase="Succeeded")
+    fake.put("pods", leaving, pod("t", labels=TOOLBOX, phase="Pending"))
+    with pytest.raises(UserError, match="no pod of demo runs now") as caught:
         list(target.run("demo", ["status"]))
+    # The commands do what they say, all but the cluster's part.
+    lines = str(caught.value).splitlines()
+    command = "\n".join(lines[1:4])
+    assert "kubectl -n team replace --force -f -" in command
+    made = tmp_path / "toolbox.yaml"
+    command = command.replace("kubectl -n team replace --force -f -", f"cat > {made}")
+    command = command.replace("kubectl ", f"{os.environ['REAL_KUBECTL']} ")
+    subprocess.run(["bash", "-ec", f"set -o pipefail\n{command}"], check=True)
+    toolbox = yaml.safe_load(made.read_text())
+    assert toolbox["metadata"]["name"] == "babelray-toolbox"
+    assert toolbox["metadata"]["labels"].items() >= TOOLBOX.items()
+    assert [c["image"] for c in toolbox["spec"]["containers"]] == [image]
+    assert lines[4] == "  kubectl -n team wait --for=condition=Ready pod/babelray-toolbox"
+
+
+def test_after_the_end_the_toolbox_runs_commands(
+    fake: FakeCluster, target: KubernetesTarget
+) -> None:
+    fake.put("rayjobs.ray.io", rayjob(**DONE))
+    fake.put("pods", pod("babelray-toolbox", labels=TOOLBOX))
+    fake.rule("exec babelray-toolbox --container=toolbox -- babelray status", out="one\n")
+    assert list(target.run("demo", ["status"])) == ["one"]
 
 
 def test_cancelling_takes_all_along(fake: FakeCluster, target: KubernetesTarget) -> None:
