@@ -212,8 +212,12 @@ def _connect_to(address: str) -> Any:
 
     try:
         return ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _no_cluster(address, str(error).strip().partition("\n")[0]) from None
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        from cluster.launch.jobs_api import token_problem
+
+        raise token_problem(error) or _no_cluster(
+            address, str(error).strip().partition("\n")[0]
+        ) from None
 
 
 def _check_address(address: str) -> None:

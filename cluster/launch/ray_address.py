@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import cast
 from urllib.parse import urlsplit
 
-from cluster.launch.jobs_api import JobsApi, NoAnswerError, token_problem
+from cluster.launch.jobs_api import JobsApi, NoAnswerError, token_problem, without_password
 from data_shards.errors import UserError
 
 # Ray's own order.
@@ -35,18 +35,19 @@ def jobs_url(address: str) -> str:
             dashboard cannot be reached from here.
     """
     scheme, mark, rest = address.partition("://")
+    shown = without_password(address)
     if mark and scheme in {"http", "https"}:
         if not _is_url(address):
-            raise UserError(f"RAY_ADDRESS={address} is no URL: give http://HOST:8265")
+            raise UserError(f"RAY_ADDRESS={shown} is no URL: give http://HOST:8265")
         return address.rstrip("/")
     if mark:
-        host = rest.partition(":")[0].partition("/")[0] or "HOST"
+        host = without_password(rest).partition(":")[0].partition("/")[0] or "HOST"
         what = "a Ray Client address" if scheme == "ray" else "no address of a Ray cluster"
         raise UserError(
-            f"RAY_ADDRESS={address} is {what}: give the head's dashboard, http://{host}:8265, or "
+            f"RAY_ADDRESS={shown} is {what}: give the head's dashboard, http://{host}:8265, or "
             f"its own address, {host}:6379"
         )
-    if _is_dashboard(address):
+    if is_dashboard(address):
         return f"http://{address}"
     return _ask_head(address)
 
@@ -59,7 +60,7 @@ def _is_url(address: str) -> bool:
         return False
 
 
-def _is_dashboard(address: str) -> bool:
+def is_dashboard(address: str) -> bool:
     """Whether Ray's dashboard answers there: its address was given without http://."""
     if not address.rpartition(":")[2].isdecimal():
         return False
@@ -78,6 +79,7 @@ def _ask_head(address: str) -> str:
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+    shown = without_password(address)
     try:
         head = canonicalize_bootstrap_address_or_die(address)
         _knock(head)
@@ -86,22 +88,26 @@ def _ask_head(address: str) -> str:
         )
     except Exception as error:  # Ray has many, and none of its own for each of these
         raise token_problem(error) or UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} "
-            f"({str(error).strip().partition(chr(10))[0][:200]}): correct the address, or give the "
+            f"no Ray cluster answers at RAY_ADDRESS={shown} ({_first_line(error, address)}): correct the address, or give the "
             "head's dashboard, http://HOST:8265"
         ) from None
     if not found:
         raise UserError(
-            f"the Ray cluster at {address} runs no dashboard, which takes jobs: start its head "
+            f"the Ray cluster at {shown} runs no dashboard, which takes jobs: start its head "
             "with --include-dashboard=true and ray[default] installed"
         )
     dashboard = cast("bytes", found).decode()
     if _is_loopback(dashboard) and not _is_here(head.rpartition(":")[0]):
         raise UserError(
-            f"the dashboard of the Ray cluster at {address} listens on its own machine alone "
+            f"the dashboard of the Ray cluster at {shown} listens on its own machine alone "
             f"({dashboard}): {_FORWARD}"
         )
     return f"http://{dashboard}"
+
+
+def _first_line(error: BaseException, address: str) -> str:
+    text = str(error).replace(address, without_password(address))
+    return text.strip().partition("\n")[0][:200]
 
 
 def _knock(head: str) -> None:

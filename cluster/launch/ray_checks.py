@@ -71,9 +71,9 @@ def check_room(nodes: Sequence[dict[str, Any]], arguments: Sequence[str]) -> Che
 
 
 def _workers_of(arguments: Sequence[str]) -> int | None:
-    """The least number of workers that ``--workers`` asks for."""
+    """The least number of workers that ``--workers`` asks for, or the doctor's ``--expect``."""
     for name, value in pairwise(arguments):
-        if name == "--workers":
+        if name in {"--workers", "--expect"}:
             with suppress(ValueError):
                 return int(value.partition(":")[0])
     return None

@@ -694,7 +694,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, reply: Callable[[], bytes | None]
 
     monkeypatch.setattr(ray._raylet, "GcsClient", Client)
     monkeypatch.setattr(ray_address, "_knock", lambda head: None)
-    monkeypatch.setattr(ray_address, "_is_dashboard", lambda address: False)
+    monkeypatch.setattr(ray_address, "is_dashboard", lambda address: False)
 
 
 def test_a_password_is_not_shown() -> None:
