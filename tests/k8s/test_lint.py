@@ -95,6 +95,18 @@ BROKEN: dict[str, Case] = {
         lambda r: spec(r).pop("submitterPodTemplate"),
         "spec.submitterPodTemplate", "no security context", (),
     ),
+    "a submitter with KubeRay's command": (
+        lambda r: first(submitter(r)).pop("command"),
+        f"{SUBMITTER}.containers[0].command", "waits for ever", (),
+    ),
+    "a submitter with another entrypoint": (
+        lambda r: entrypoint(r, "--name babelray", "--name other"),
+        f"{SUBMITTER}.containers[0].args", "spec.entrypoint is another", (),
+    ),
+    "a submitter without the entrypoint": (
+        lambda r: first(submitter(r)).pop("args"),
+        f"{SUBMITTER}.containers[0].args", "it would hand in ''", (),
+    ),
     "time to live without shutdown": (
         lambda r: spec(r).update(shutdownAfterJobFinishes=False),
         "spec.ttlSecondsAfterFinished", "KubeRay refuses", (),
@@ -373,6 +385,7 @@ def test_what_is_broken_is_refused_by_name(name):
 ONLY_LINT = (
     "an unknown submission mode", "more at least than at most", "time to live without shutdown",
     "a mount without a volume", "Kueue's job not suspended", "a request without a limit", "root",
+    "a submitter with another entrypoint",
 )  # fmt: skip
 
 

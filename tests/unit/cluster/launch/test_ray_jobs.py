@@ -170,6 +170,7 @@ class Head:
             request.wfile.write(bytes([0x81, len(piece)]) + piece)
         if cut is None:
             request.wfile.write(bytes([0x88, 2, 0x03, 0xE8]))  # a close that is meant
+            request.rfile.read(8)  # the client's own
 
 
 def answer(request: Any, status: int, body: bytes) -> None:

@@ -50,6 +50,8 @@ def test_a_run_is_put_into_its_overlay(trained: Rendering) -> None:
     assert job["spec"]["entrypoint"] == (
         "babelray train --config /etc/babelray/run.yaml --name My.Run --workers 3 --start-or-resume"
     )
+    [submitter] = job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+    assert submitter["args"] == [job["spec"]["entrypoint"]]
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
     images = {line.split()[-1] for line in trained.text.splitlines() if " image: " in line}
