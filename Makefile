@@ -42,10 +42,11 @@ STAMP := $(VENV)/.installed
 
 settings = $(foreach setting,$(SET),--set $(setting))
 need_name = $(if $(NAME),,$(error NAME is missing: which run? For example: make $@ NAME=demo))
-# Of Kubernetes; with RAY_ADDRESS set they stay empty.
+# Where to; with RAY_ADDRESS set, what is Kubernetes' stays empty.
 cluster = $(if $(OVERLAY),--overlay $(OVERLAY)) $(foreach name,$(COMPONENTS),--component $(name)) \
 	$(if $(NODES),--nodes $(NODES)) $(if $(GPUS),--gpus $(GPUS)) \
-	$(if $(RAY_ADDRESS),,$(if $(IMAGE),--image $(IMAGE))) $(if $(NAMESPACE),--namespace $(NAMESPACE))
+	$(if $(RAY_ADDRESS),,$(if $(IMAGE),--image $(IMAGE))) $(if $(NAMESPACE),--namespace $(NAMESPACE)) \
+	$(if $(STORAGE),--storage $(STORAGE))
 TRAIN = $(BABELRAY) train $(settings) $(if $(NAME),--name $(NAME)) $(if $(WORKERS),--workers $(WORKERS))
 
 .PHONY: help
@@ -59,7 +60,7 @@ help: ## Show this list
 	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
 	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)  RUNS=$(RUNS) (of make launch stop resume evaluate status logs)"
 	@echo "  OVERLAY=$(OVERLAY)  COMPONENTS='$(COMPONENTS)'  NODES=$(NODES)  GPUS=$(GPUS)  IMAGE=$(IMAGE)  NAMESPACE=$(NAMESPACE)"
-	@echo "  STORAGE=$(STORAGE)  (of make launch manifests resume; with RAY_ADDRESS set, to that Ray cluster)"
+	@echo "  STORAGE=$(STORAGE)  (of make launch manifests resume doctor; with RAY_ADDRESS set, to that Ray cluster)"
 	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  CLUSTER=1 (of make doctor)  PYTHON=$(PYTHON)  VENV=$(VENV)"
 	@echo "  PYTEST='...' (arguments for pytest)"
 	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
@@ -122,11 +123,12 @@ image: ## Build the container image IMAGE (VARIANT=gpu|cpu); PUSH=1 pushes it, a
 .PHONY: launch
 launch: setup ## Train CONFIG as run NAME on Kubernetes, or on the Ray cluster at RAY_ADDRESS
 	@$(BABELRAY) launch --config $(CONFIG) $(settings) $(if $(NAME),--name $(NAME)) $(cluster) \
-		$(if $(STORAGE),--storage $(STORAGE)) --runs $(RUNS)
+		--runs $(RUNS)
 
 .PHONY: manifests
 manifests: setup ## Print what make launch would apply, and change nothing
-	@$(BABELRAY) launch --dry-run --config $(CONFIG) $(settings) $(if $(NAME),--name $(NAME)) $(cluster)
+	@$(BABELRAY) launch --dry-run --config $(CONFIG) $(settings) $(if $(NAME),--name $(NAME)) $(cluster) \
+		--runs $(RUNS)
 
 .PHONY: stop
 stop: setup ## Save a checkpoint of run NAME and end it, wherever it runs

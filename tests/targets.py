@@ -21,7 +21,8 @@ class FakeTarget:
     """Remembers what was asked of it.
 
     ``jobs`` is what ``find`` tells, by kind; ``updates`` what ``follow`` yields (an exception among
-    them is raised); ``lines`` and ``exit_status`` what a command prints there, and how it ends.
+    them is raised); ``lines`` and ``exit_status`` what a command prints there, and how it ends. A
+    job that is ended is found ``looks_to_end`` - 1 times more.
     """
 
     def __init__(self, place: Place, *, workers: str | None = None) -> None:
@@ -34,6 +35,8 @@ class FakeTarget:
         self.submitted: list[Submission] = []
         self.cancelled: list[Job] = []
         self.commands: list[tuple[str, ...]] = []
+        self.ending: dict[Kind, int] = {}
+        self.looks_to_end = 2
 
     @property
     def storage(self) -> str:
@@ -52,6 +55,10 @@ class FakeTarget:
         return f"rendered: {' '.join(submission.arguments)}\n"
 
     def find(self, run: str, kind: Kind = "train") -> Job | None:
+        if kind in self.ending:
+            self.ending[kind] -= 1
+            if self.ending[kind] <= 0:
+                return None
         return self.jobs.get(kind)
 
     def submit(self, submission: Submission) -> Job:
@@ -69,9 +76,12 @@ class FakeTarget:
         yield from self.lines
         if self.exit_status:
             raise RemoteCommandError(self.exit_status)
+        if arguments[0] == "stop":
+            self.ending["train"] = self.looks_to_end
 
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job)
+        self.ending[job.kind] = self.looks_to_end
 
     @contextmanager
     def dashboard(self, run: str) -> Iterator[str]:

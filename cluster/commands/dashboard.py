@@ -96,7 +96,7 @@ def dashboard(
 
     record = launched_elsewhere(run, runs) if run is not None else None
     if record is not None:
-        _show_there(record)
+        _show_there(record, as_json=as_json)
         return
     if run is not None:
         _show_one(run, runs, as_json=as_json)
@@ -151,13 +151,16 @@ def _show_one(run: str, runs: Path, *, as_json: bool) -> None:
     print_json(dataclasses.asdict(live[0])) if as_json else _show(live, runs)
 
 
-def _show_there(record: Record) -> None:
+def _show_there(record: Record, *, as_json: bool) -> None:
     """The way to a cluster's dashboard, kept open until Ctrl-C where it must be."""
     from cluster.launch.records import open_target
 
     target = open_target(record.place)
     with _ended_by_signals(), target.dashboard(record.run) as url:
-        click.echo(f"{record.run}, on {target.describe()}:\n  Ray dashboard  {url}")
+        if as_json:
+            print_json({"name": record.run, "dashboard_url": url})
+        else:
+            click.echo(f"{record.run}, on {target.describe()}:\n  Ray dashboard  {url}")
         if record.place.kind == "ray":
             return
         say("Ctrl-C ends the connection")

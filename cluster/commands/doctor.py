@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cluster.options import (
     config_option,
     json_option,
     mirror_option,
+    place_option_names,
     place_options,
     print_json,
     runs_option,
@@ -26,7 +30,9 @@ if TYPE_CHECKING:
     from cluster.checks import Check
     from trainer.config import RunConfig
 
-    Findings = Iterator[tuple[str, Check]]
+    Findings = Generator[tuple[str, Check], None, None]
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @click.command()
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     help="With --cluster: speed of a machine's network, where it cannot be seen (in pods).",
 )
 @click.option("--expect", type=click.IntRange(min=1), hidden=True)
+@click.option("--requires", multiple=True, hidden=True)
 @place_options
 @json_option
 def doctor(
@@ -60,13 +67,15 @@ def doctor(
     all_reduce: bool,
     link_gbits: float | None,
     expect: int | None,
+    requires: tuple[str, ...],
     as_json: bool,
     **place_values: Any,
 ) -> None:
     """Look at this machine, the data, the storage and the cluster, and say what to mend.
 
     Each check is told as it is done: ok, a warning, or a failure with its mend. With --cluster it
-    looks at the Ray cluster that RAY_ADDRESS names, or else at Kubernetes, where it runs as a job.
+    looks at the Ray cluster that RAY_ADDRESS names, or else at Kubernetes. It runs there as a job;
+    with RAY_ADDRESS=HOST:6379 it looks from here, which must be one of the cluster's machines.
     Exit status: 0 nothing failed, 1 a check failed, 2 wrong input. See docs/doctor.md.
 
     \b
@@ -74,38 +83,50 @@ def doctor(
       babelray doctor
       babelray doctor --config configs/base.yaml --runs /mnt/shared/runs
       babelray doctor --cluster --overlay gpu-multi-node --nodes 2
-      RAY_ADDRESS=10.0.0.1:6379 babelray doctor --cluster
+      RAY_ADDRESS=http://10.0.0.1:8265 babelray doctor --cluster --storage /mnt/shared
+      RAY_ADDRESS=10.0.0.1:6379 babelray doctor --cluster --runs /mnt/shared/runs
     """
-    if on is None and (given := [name for name, value in place_values.items() if value]):
-        raise click.UsageError(f"--{given[0].removesuffix('s')} is for --cluster")
+    given = place_option_names(place_values) + (["--link-gbits"] if link_gbits else [])
+    if on is None and given:
+        raise click.UsageError(f"{given[0]} is for --cluster")
     from cluster.doctor import limits, remote
     from cluster.launch.order import choose_place
     from trainer.config import load_config
 
     settings = with_mirror(settings, mirror)
     config = load_config(config_file, settings)
-    address = os.environ.get("RAY_ADDRESS", "")
-    if on == "cluster" and (not address or remote.is_target(address)):
+    as_job = on == "cluster" and remote.goes_as_job()
+    source = click.get_current_context().get_parameter_source("runs")
+    if source != ParameterSource.DEFAULT and (as_job or place_values["storage"]):
+        raise click.UsageError(
+            "--runs is for a look from one of the machines alone: a job's runs lie in runs/ of the "
+            "cluster's storage, which --storage names for a Ray cluster"
+        )
+    if as_job:
         findings = _sent(config_file, settings, all_reduce, link_gbits, place_values)
     else:
-        findings = _here(config, runs)
         if on == "cluster":
             choose_place(**place_values)  # refuses what is for Kubernetes alone
+        if storage := place_values["storage"]:
+            runs, config = Path(storage, "runs"), _in_storage(config, Path(storage))
+        findings = _here(config, runs, requires)
         if on is not None:
-            findings = _chained(findings, _inside(config, runs, all_reduce, link_gbits, expect))
+            inside = _inside(config, runs, all_reduce, link_gbits, expect, requires)
+            findings = _chained(findings, inside)
     counts = {"ok": 0, "warning": 0, "failure": 0}
     told: list[dict[str, Any]] = []
     title = ""
-    for section, check in findings:
-        counts[check.outcome] += 1
-        told.append({"section": section, **asdict(check)})
-        if on == "inside" and as_json:
-            click.echo(remote.to_line(section, check))
-        elif not as_json:
-            if section != title:
-                click.echo(f"{'' if not title else chr(10)}{section}")
-                title = section
-            click.echo(limits.told(check))
+    with _ended_by_signals(), closing(findings):  # however it ends, nothing is left behind
+        for section, check in findings:
+            counts[check.outcome] += 1
+            told.append({"section": section, **asdict(check)})
+            if on == "inside" and as_json:
+                click.echo(remote.to_line(section, check))
+            elif not as_json:
+                if section != title:
+                    click.echo(f"{'' if not title else chr(10)}{section}")
+                    title = section
+                click.echo(limits.told(check))
     if on == "inside" and as_json:
         return  # whoever reads these lines decides; a job that failed would be run again
     if as_json:
@@ -116,18 +137,44 @@ def doctor(
         raise click.exceptions.Exit(1)
 
 
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What a supervisor sends at the end is as good as Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_storage(config: RunConfig, storage: Path) -> RunConfig:
+    """The data where a launch with that storage has it, unless the configuration says where."""
+    if config.data.root.is_absolute() or config.data.dir is not None:
+        return config
+    data = config.data.model_copy(update={"root": storage / "data"})
+    return config.model_copy(update={"data": data})
+
+
 def _chained(*parts: Findings) -> Findings:
     for part in parts:
         yield from part
 
 
-def _here(config: RunConfig, runs: Path) -> Findings:
+def _here(config: RunConfig, runs: Path, requires: tuple[str, ...]) -> Findings:
     """This machine, the data and the storage."""
     from cluster.doctor import data, machine, software, storage
     from cluster.doctor.sizes import checkpoint_bytes
 
     with software.Probe() as probe:  # it imports while we look around
-        for check in machine.checks(config, runs=runs):
+        for check in machine.checks(config, runs=runs, requires=requires):
             yield "This machine", check
         findings, problem = probe.findings()
     for check in software.checks(findings, problem, precision=config.trainer.precision):
@@ -149,13 +196,23 @@ def _here(config: RunConfig, runs: Path) -> Findings:
 
 
 def _inside(
-    config: RunConfig, runs: Path, all_reduce: bool, link_gbits: float | None, expect: int | None
+    config: RunConfig,
+    runs: Path,
+    all_reduce: bool,
+    link_gbits: float | None,
+    expect: int | None,
+    requires: tuple[str, ...],
 ) -> Findings:
     """The Ray cluster, from one of its machines."""
     from cluster.doctor import cluster
 
     for check in cluster.checks(
-        config, runs=runs, with_all_reduce=all_reduce, gbits=link_gbits, expected=expect
+        config,
+        runs=runs,
+        with_all_reduce=all_reduce,
+        gbits=link_gbits,
+        expected=expect,
+        requires=requires,
     ):
         yield "Cluster", check
 

@@ -30,7 +30,7 @@ from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from cluster.console import Console
-    from cluster.launch.target import Job, Submission, Target
+    from cluster.launch.target import Job, Place, Submission, Target
     from trainer.config import RunConfig
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -87,7 +87,7 @@ def launch(
     """
     from cluster import naming
     from cluster.launch.order import choose_place, read_config, training
-    from cluster.launch.records import open_target, read_record
+    from cluster.launch.records import open_target, read_record, write_record
 
     if name is not None:
         naming.check_name(name)
@@ -99,6 +99,8 @@ def launch(
         )
     name = naming.new_name(config_file) if name is None else name
     place = choose_place(**place_values, before=before.place if before is not None else None)
+    if before is not None:
+        _check_same_storage(name, before.place, place, runs)
     config, text = read_config(
         config_file,
         with_mirror(settings, mirror),
@@ -113,8 +115,11 @@ def launch(
     console = open_console(log_format)
     with errors_told(console), console:
         console.name(name)
-        job = _launch(target, submission, config, runs, console, checks=not no_checks)
-        over = None if detach else watch(target, job, config, console)
+        job = _launch(target, submission, runs, console, checks=not no_checks)
+        over, has_begun = (None, True) if detach else watch(target, job, config, console)
+    if before is not None and over is not None and over.phase == "failed" and not has_begun:
+        # It may have been refused for what is new in its configuration.
+        write_record(replace(before, place=target.place), runs)
     if as_json:
         print_json(dataclasses.asdict(over or job))
     if not detach:
@@ -123,6 +128,16 @@ def launch(
     if not as_json:
         click.echo(job.id)
     say(f"watch it: babelray logs {name} --follow{runs_flag(runs)}")
+
+
+def _check_same_storage(name: str, before: Place, now: Place, runs: Path) -> None:
+    """Refuse to begin a second run of a name: the first could not be found from here any more."""
+    if (before.kind, before.storage) != (now.kind, now.storage):
+        raise UserError(
+            f"the run {name} was launched with its files in {before.storage} ({before.kind}), not "
+            f"{now.storage} ({now.kind}): go on with it by babelray resume {name}{runs_flag(runs)}"
+            ", or choose another --name"
+        )
 
 
 @click.command()
@@ -178,7 +193,6 @@ def resume(
 def _launch(
     target: Target,
     submission: Submission,
-    config: RunConfig,
     runs: Path,
     console: Console,
     *,
@@ -222,15 +236,26 @@ def _may_be_there(target: Target, run: str) -> bool:
         return True
 
 
-def watch(target: Target, job: Job, config: RunConfig, console: Console) -> Job | None:
-    """Follow a training until it is over; Ctrl-C only ends the following, and gives None."""
+def watch(target: Target, job: Job, config: RunConfig, console: Console) -> tuple[Job | None, bool]:
+    """Follow a training until it is over; Ctrl-C only ends the following, and gives None.
+
+    Returns:
+        The job at its end, and whether ranks took up the run before.
+    """
     from cluster.launch.follow import follow_training
+
+    has_begun = False
+
+    def begun() -> None:
+        nonlocal has_begun
+        has_begun = True
 
     console.begin()
     try:
-        return follow_training(target.follow(job), config, console) or job
+        over = follow_training(target.follow(job), config, console, begun=begun)
     except KeyboardInterrupt:
-        return None
+        return None, has_begun
+    return over or job, has_begun
 
 
 def finish(job: Job, over: Job | None, runs: Path) -> None:

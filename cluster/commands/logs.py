@@ -121,7 +121,7 @@ def _watch(record: Record, runs: Path) -> None:
         )
     config, _ = read_config(None, (), record.place, before=record.config)
     with open_console("auto") as console:
-        over = watch(target, job, config, console)
+        over, _ = watch(target, job, config, console)
     finish(job, over, runs)
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cluster.status import Details, Summary
 
 _REFRESH_S = 2.0
+# Each look is a job, or a process in a pod.
+_REFRESH_THERE_S = 30.0
 
 # Columns of the table that a narrow terminal can do without.
 _LEAST_FIRST = (
@@ -37,7 +39,11 @@ _CLEAR = "\x1b[H\x1b[2J"
 @click.command()
 @click.argument("run", required=False)
 @runs_option
-@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Look again every two seconds (30 for a launched run), until Ctrl-C.",
+)
 @json_option
 def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
     """Show how all runs stand, or all about the run RUN: attempts, workers, failures, what to do.
@@ -71,7 +77,7 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
         while True:
             value, text = look()
             click.echo(json.dumps(value, default=str) if as_json else clear + text)
-            time.sleep(_REFRESH_S)
+            time.sleep(_REFRESH_S if record is None else _REFRESH_THERE_S)
     except KeyboardInterrupt:
         return
 
@@ -122,7 +128,7 @@ def _launched_run(record: Record, runs: Path, *, as_json: bool) -> tuple[Any, st
     job = target.find(record.run)
     lines: list[str] = []
     problem = None
-    if job is not None:
+    if job is not None or record.place.kind == "ray":
         try:
             arguments = (record.run, "--json") if as_json else (record.run,)
             relay(record, "status", arguments, runs, lines.append)
@@ -133,10 +139,10 @@ def _launched_run(record: Record, runs: Path, *, as_json: bool) -> tuple[Any, st
     value = {"job": job and dataclasses.asdict(job), "run": _parsed(lines), "problem": problem}
     head = f"{record.run}: {'no job' if job is None else _in_words_of(job)} on {target.describe()}"
     if job is None:
-        where = "it was removed there; what the run saved stays"
-        return value, f"{head} ({where})\ngo on: babelray resume {record.run}{runs_flag(runs)}"
-    facts = [("job", job.id), *job.facts]
-    width = max(len(name) for name, _ in facts)
+        head += " (it was removed there, or the cluster began anew; what the run saved stays)"
+        lines.append(f"go on: babelray resume {record.run}{runs_flag(runs)}")
+    facts = [("job", job.id), *job.facts] if job is not None else []
+    width = max((len(name) for name, _ in facts), default=0)
     found = [head, *(f"  {name.ljust(width)}  {fact}" for name, fact in facts)]
     if problem is not None:
         found += ["", problem]

@@ -17,8 +17,11 @@ from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from cluster.launch.records import Record
+    from cluster.launch.target import Job, Target
 
 _POLL_S = 0.25
+# Of a job whose command has ended: KubeRay and Ray look every few seconds.
+_END_S = 300.0
 
 
 @click.command()
@@ -105,7 +108,6 @@ def _end_now(run_dir: Path) -> None:
 
 def _stop_there(record: Record, runs: Path, *, now: bool) -> None:
     from cluster.launch.records import open_target
-    from cluster.launch.remote import relay
 
     target = open_target(record.place)
     jobs = [target.find(record.run), target.find(record.run, "evaluate")]
@@ -115,18 +117,52 @@ def _stop_there(record: Record, runs: Path, *, now: bool) -> None:
     where = runs_flag(runs)
     for job in going:
         if job.kind == "train" and job.phase == "running" and not now:
-            try:
-                relay(record, "stop", (record.run,), runs, _say_but_hints)
-            except (UserError, click.exceptions.Exit):
-                say(
-                    "it could not be asked; end it without a checkpoint: "
-                    f"babelray stop {record.run} --now{where}"
-                )
-                raise
+            _ask_there(target, record, runs)
         else:
             target.cancel(job)
+        _await_end(target, job)
         click.echo(f"{record.run}: {'training' if job.kind == 'train' else 'evaluation'} ended")
     say(f"go on: babelray resume {record.run}{where}")
+
+
+def _ask_there(target: Target, record: Record, runs: Path) -> None:
+    """Let the run's own machines ask it to stop, and wait for it.
+
+    Raises:
+        UserError, click.exceptions.Exit: it could not be asked, and goes on.
+    """
+    from cluster.launch.remote import relay
+
+    try:
+        relay(record, "stop", (record.run,), runs, _say_but_hints)
+    except (UserError, click.exceptions.Exit):
+        job = target.find(record.run)
+        if job is None or job.is_over:
+            return  # it has ended by itself
+        say(
+            "it could not be asked; end it without a checkpoint: "
+            f"babelray stop {record.run} --now{runs_flag(runs)}"
+        )
+        raise
+
+
+def _await_end(target: Target, job: Job) -> None:
+    """Wait until the cluster, too, takes the job for ended: it can be launched again then.
+
+    Raises:
+        RunFailedError: that takes very long.
+    """
+    deadline = time.monotonic() + _END_S
+    while True:
+        found = target.find(job.run, job.kind)
+        if found is None or found.is_over:
+            return
+        if time.monotonic() > deadline:
+            raise RunFailedError(
+                f"{job.run} was asked to end, but after {_END_S:.0f} s its job ({job.id}) is still "
+                f"{found.phase}: look at it with babelray status {job.run}"
+            )
+        time.sleep(_POLL_S)
 
 
 def _say_but_hints(line: str) -> None:

@@ -13,11 +13,25 @@ from cluster.launch.target import Ended, Job, LogLine, Update, Waiting
 from cluster.progress import Level, Narrator
 from trainer.config import RunConfig
 
+# What is to be typed next differs here.
+_HINTS = ("next: ", "stopped at step ")
 _LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 
-def follow_training(updates: Iterable[Update], config: RunConfig, console: Console) -> Job | None:
+def follow_training(
+    updates: Iterable[Update],
+    config: RunConfig,
+    console: Console,
+    *,
+    begun: Callable[[], None] = lambda: None,
+) -> Job | None:
     """Tell the console of a job whose command logs as JSON (``--log-format json``).
+
+    Args:
+        updates: of the job.
+        config: the run's, for the time that is left.
+        console: takes all but hints of what to type next on the cluster.
+        begun: called when ranks have taken up the run: its configuration was accepted.
 
     Returns:
         The job when it was over; None if the updates ended before.
@@ -25,14 +39,17 @@ def follow_training(updates: Iterable[Update], config: RunConfig, console: Conso
     narrator = Narrator(config)
 
     def tell(line: str) -> None:
-        entry = _entry(line)
+        entry = read_entry(line)
         if entry is None:
             console.say(line)
             return
         event, message, level = entry
         if "event" not in event:
-            console.say(message, level)
+            if not message.startswith(_HINTS):
+                console.say(message, level)
             return
+        if event["event"] in {"started", "resumed"}:
+            begun()
         news = narrator.hear(event)
         # It was put into words where the run's whole past is known.
         console.tell(replace(news, line=message if news.line is not None else None, level=level))
@@ -58,7 +75,7 @@ def follow_lines(
     return None
 
 
-def _entry(line: str) -> tuple[dict[str, Any], str, Level] | None:
+def read_entry(line: str) -> tuple[dict[str, Any], str, Level] | None:
     """What ``cluster.console.JsonConsole`` has written; None for any other line."""
     if not line.startswith("{"):
         return None

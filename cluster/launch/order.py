@@ -78,8 +78,8 @@ def choose_place(
         if only := [name for name in given if name not in {"nodes", "gpus"}]:
             options = ", ".join(f"--{name.replace('components', 'component')}" for name in only)
             raise UserError(
-                f"{options}: only for Kubernetes, but RAY_ADDRESS={address} names a Ray cluster: "
-                "leave the option out, or unset RAY_ADDRESS"
+                f"{options}: only for Kubernetes, but RAY_ADDRESS names a Ray cluster: leave the "
+                "option out, or unset RAY_ADDRESS"
             )
         return Place("ray", storage or str(Path.cwd()), address=address, nodes=nodes, gpus=gpus)
     return Place("kubernetes", POD_STORAGE, **{"overlay": DEFAULT_OVERLAY, **given})

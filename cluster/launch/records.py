@@ -30,6 +30,7 @@ def write_record(record: Record, runs: Path) -> None:
     """Remember a launch; an earlier one of the same run is forgotten."""
     file = _file(record.run, runs)
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.chmod(0o700)  # an address may hold a password
     write_atomically(file, json.dumps(asdict(record), indent=2) + "\n")
 
 

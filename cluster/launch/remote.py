@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,14 +17,25 @@ from cluster.launch.target import Job, RemoteCommandError, Submission
 
 
 def launched_elsewhere(run: str, runs: Path) -> Record | None:
-    """The launch of a run whose files this machine cannot see; None for any other run.
+    """The launch of a run that is on a cluster; None for one that was begun here.
+
+    Its files may be seen from here or not: the cluster is asked in any case.
 
     Raises:
         UserError: the record of the launch is damaged.
     """
-    if (runs / run / "config.json").is_file() or "/" in run:
+    if "/" in run:
         return None
-    return read_record(run, runs)
+    record = read_record(run, runs)
+    return None if record is None or _is_of_here(runs / run) else record
+
+
+def _is_of_here(run_dir: Path) -> bool:
+    """Whether a command on this machine has trained the run with a Ray of its own."""
+    try:
+        return bool(json.loads((run_dir / "ray.json").read_text(encoding="utf-8"))["is_local"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def relay(

@@ -343,6 +343,79 @@ def test_stop_ends_an_evaluation(babelray: Babelray, launched: FakeTarget) -> No
     assert launched.cancelled == [launched.jobs["evaluate"]]
 
 
+def test_stop_waits_until_the_cluster_takes_it_for_ended(
+    babelray: Babelray, launched: FakeTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched.jobs["train"], launched.looks_to_end = RUNNING, 5
+    monkeypatch.setattr("cluster.commands.stop._POLL_S", 0.0)
+    assert babelray("stop", "one").exit_code == 0
+    assert launched.ending["train"] == 0
+    launched.ending, launched.looks_to_end = {}, 10**9
+    monkeypatch.setattr("cluster.commands.stop._END_S", 0.05)
+    result = babelray("stop", "one", "--now")
+    assert result.exit_code == 1
+    assert "its job (train-one) is still running" in result.stderr
+
+
+def test_a_run_that_ends_by_itself_need_not_be_asked(
+    babelray: Babelray, launched: FakeTarget
+) -> None:
+    launched.jobs["train"], launched.exit_status = RUNNING, 2
+    launched.ending["train"] = 2
+    result = babelray("stop", "one")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_refused_configuration_is_not_kept(
+    babelray: Babelray, launched: FakeTarget, tmp_path: Path
+) -> None:
+    before = read_record("one", tmp_path)
+    assert before is not None
+    launched.updates = [ended("failed", "--resume would change it")]
+    assert babelray("resume", "one", "--set", "model.dropout=0.3").exit_code == 1
+    kept = read_record("one", tmp_path)
+    assert kept is not None
+    assert kept.config == before.config
+    started = (
+        '{"event": "resumed", "step": 3, "message": "m", "level": "info", "time": "2026-01-01"}'
+    )
+    launched.updates = [LogLine(started), ended("failed", "out of memory")]
+    assert babelray("resume", "one", "--set", "trainer.max_steps=7").exit_code == 1
+    kept = read_record("one", tmp_path)
+    assert kept is not None
+    assert "max_steps: 7" in kept.config
+
+
+def test_a_second_run_of_a_name_is_refused(
+    babelray: Babelray, launched: FakeTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    result = babelray("launch", "--config", TINY, "--name", "one", "--storage", "/other")
+    assert result.exit_code == 2
+    assert "files in /mnt/babelray (kubernetes), not /other (ray)" in result.stderr
+    assert launched.submitted == []
+
+
+def test_a_launched_run_whose_files_are_seen_is_asked_for_there(
+    babelray: Babelray, launched: FakeTarget, tmp_path: Path
+) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "ray.json").write_text('{"is_local": false}')
+    launched.updates = [LogLine("BLEU  38.58"), ended("succeeded", kind="evaluate")]
+    assert babelray("evaluate", "one").stdout == "BLEU  38.58\n"
+    (folder / "ray.json").write_text('{"is_local": true}')
+    assert "BLEU" not in babelray("evaluate", "one").stdout
+
+
+def test_the_dashboard_as_json(babelray: Babelray, target: FakeTarget, tmp_path: Path) -> None:
+    place = Place("ray", "/shared", address="http://127.0.0.1:8265")
+    write_record(Record("one", place, "", 1.0), tmp_path)
+    value = json.loads(babelray("dashboard", "one", "--json").stdout)
+    assert value == {"name": "one", "dashboard_url": "http://127.0.0.1:8265"}
+
+
 def test_nothing_to_stop(babelray: Babelray, launched: FakeTarget) -> None:
     result = babelray("stop", "one")
     assert result.exit_code == 2

@@ -67,6 +67,12 @@ def test_a_run_there_is_told_as_one_here() -> None:
     assert job == ended("succeeded").job
 
 
+def test_hints_of_the_cluster_are_not_for_here() -> None:
+    entry = {"message": "next: babelray evaluate one --runs /mnt/x", "level": "info"}
+    line = json.dumps({**entry, "time": "2026-01-01T00:00:00Z"})
+    assert follow([LogLine(line)])[0] == ""
+
+
 def test_other_lines_pass_as_they_are() -> None:
     lines = ["Job submission server address: x", "{not json", '{"a": 1}', "[1, 2]", ""]
     text, _ = follow([LogLine(line) for line in lines])

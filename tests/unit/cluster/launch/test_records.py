@@ -40,11 +40,11 @@ def test_a_damaged_record_is_told(tmp_path: Path, content: str) -> None:
         read_record("one", tmp_path)
 
 
-def test_a_run_whose_files_are_here_is_not_elsewhere(tmp_path: Path) -> None:
+def test_a_run_that_was_begun_here_is_not_elsewhere(tmp_path: Path) -> None:
     write_record(RECORD, tmp_path)
     assert launched_elsewhere("one", tmp_path) == RECORD
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "config.json").write_text("{}")
+    (tmp_path / "one" / "ray.json").write_text('{"is_local": true}')
     assert launched_elsewhere("one", tmp_path) is None
     assert launched_elsewhere("two", tmp_path) is None
 
