@@ -133,7 +133,7 @@ class Submitter:
 
     def _submit(self) -> None:
         if self._taken_at is not None:
-            self._taken_at = None
+            self._taken_at, self._is_told = None, False
             self._begin_log()
             self._remark("Ray's head has begun anew: the job is handed in again")
         # Without CPUs of its own Ray puts it on the head.
