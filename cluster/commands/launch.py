@@ -107,7 +107,7 @@ def launch(
         place,
         before=before.config if before is not None else None,
     )
-    target = open_target(place)
+    target = open_target(place, runs)
     submission = training(name, text, config, target)
     if dry_run:
         click.echo(target.render(submission).rstrip("\n"))

@@ -112,7 +112,7 @@ def _watch(record: Record, runs: Path) -> None:
     from cluster.launch.order import read_config
     from cluster.launch.records import open_target
 
-    target = open_target(record.place)
+    target = open_target(record.place, runs)
     job = target.find(record.run)
     if job is None:
         raise UserError(

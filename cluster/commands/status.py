@@ -124,7 +124,7 @@ def _launched_run(record: Record, runs: Path, *, as_json: bool) -> tuple[Any, st
     from cluster.launch.records import open_target
     from cluster.launch.remote import relay
 
-    target = open_target(record.place)
+    target = open_target(record.place, runs)
     job = target.find(record.run)
     lines: list[str] = []
     problem = None

@@ -109,7 +109,7 @@ def _end_now(run_dir: Path) -> None:
 def _stop_there(record: Record, runs: Path, *, now: bool) -> None:
     from cluster.launch.records import open_target
 
-    target = open_target(record.place)
+    target = open_target(record.place, runs)
     jobs = [target.find(record.run), target.find(record.run, "evaluate")]
     going = [job for job in jobs if job is not None and not job.is_over]
     if not going:

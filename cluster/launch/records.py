@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.hints import DEFAULT_RUNS
 from cluster.launch.target import Place, Target
 from data_shards.errors import UserError
 from trainer.storage import write_atomically
@@ -69,12 +70,15 @@ def launched(runs: Path) -> list[Record]:
     return [record for record in found if record is not None]
 
 
-def open_target(place: Place) -> Target:
-    """The target at a place; nothing is contacted yet."""
+def open_target(place: Place, runs: Path = DEFAULT_RUNS) -> Target:
+    """The target at a place; nothing is contacted yet.
+
+    ``runs`` is the folder of runs here: the commands that it tells people to type name it.
+    """
     if place.kind == "ray":
         from cluster.launch.ray_jobs import RayJobsTarget
 
-        return RayJobsTarget(place)
+        return RayJobsTarget(place, runs=runs)
     from cluster.launch.kubernetes import KubernetesTarget
 
     return KubernetesTarget(place)

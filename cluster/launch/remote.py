@@ -53,7 +53,7 @@ def relay(
         UserError: no machine can run it now.
         click.exceptions.Exit: it failed; with its status.
     """
-    target = open_target(record.place)
+    target = open_target(record.place, runs)
     folder = runs_there(record.place)
     there = (command, *without_runs(tuple(arguments)), "--runs", folder)
     try:
@@ -80,7 +80,7 @@ def evaluate_there(
     Returns:
         The job when it is over; None if the following was interrupted: the job goes on.
     """
-    target = open_target(record.place)
+    target = open_target(record.place, runs)
     there = ("evaluate", *without_runs(tuple(arguments)), "--runs", runs_there(record.place))
     say(f"evaluating {record.run} on {target.describe()}")
     submission = Submission(record.run, "evaluate", there)

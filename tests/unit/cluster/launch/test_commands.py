@@ -28,7 +28,7 @@ RUNNING = Job("one", "train", "train-one", "running", facts=(("pods", "3 of 3 re
 def target(monkeypatch: pytest.MonkeyPatch) -> FakeTarget:
     fake = FakeTarget(PODS, workers="2")
 
-    def open_target(place: Place) -> FakeTarget:
+    def open_target(place: Place, runs: Path | None = None) -> FakeTarget:
         fake.place = place
         return fake
 
