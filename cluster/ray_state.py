@@ -6,12 +6,14 @@ is for people to look at, and nothing is decided by it.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import requests
+
+from cluster.launch import jobs_api
+from data_shards.errors import UserError
 
 RUNS_PATH = "/api/train/v2/runs/v1"
 
@@ -19,7 +21,6 @@ RUNS_PATH = "/api/train/v2/runs/v1"
 _NOTHING_YET = "Train state data is not available"
 
 _TIMEOUT_S = 5.0
-_DEFAULT_TOKEN_FILE = Path("~/.ray/auth_token")
 
 
 class RayStateError(Exception):
@@ -110,8 +111,7 @@ def train_runs(dashboard_url: str, *, timeout_s: float = _TIMEOUT_S) -> list[Tra
     if response.status_code in {401, 403}:
         given = "refuses the token" if "Authorization" in _headers() else "wants a token"
         raise RayStateError(
-            f"{dashboard_url} {given} ({response.status_code}): set RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH as for the cluster"
+            f"{dashboard_url} {given} ({response.status_code}): {jobs_api.MEND_ACCESS}"
         )
     if response.status_code == 500 and _NOTHING_YET in response.text:
         return []
@@ -127,28 +127,15 @@ def train_runs(dashboard_url: str, *, timeout_s: float = _TIMEOUT_S) -> list[Tra
 
 
 def _headers() -> dict[str, str]:
-    token = _token()
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _token() -> str | None:
     """The cluster's token, from where Ray itself takes it.
 
     Raises:
-        RayStateError: the file that RAY_AUTH_TOKEN_PATH names cannot be read.
+        RayStateError: RAY_AUTH_MODE asks for one, and there is none.
     """
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    if given := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        file = Path(given)
-    elif os.environ.get("RAY_AUTH_MODE") == "token":
-        file = _DEFAULT_TOKEN_FILE.expanduser()
-    else:
-        return None
     try:
-        return file.read_text(encoding="utf-8").strip() or None
-    except (OSError, ValueError) as error:
-        raise RayStateError(f"the token of RAY_AUTH_TOKEN_PATH: {file}: {error}") from None
+        return jobs_api.token_header()
+    except UserError as error:
+        raise RayStateError(str(error)) from None
 
 
 def _train_run(value: dict[str, Any]) -> TrainRun:

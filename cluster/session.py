@@ -210,25 +210,37 @@ def _start_own(**options: Any) -> Any:
 def _connect_to(address: str) -> Any:
     import ray
 
+    _check_token(address)
     try:
         return ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        from cluster.launch.jobs_api import token_problem
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _no_cluster(address, str(error).strip().partition("\n")[0]) from None
 
-        raise token_problem(error) or _no_cluster(
-            address, str(error).strip().partition("\n")[0]
-        ) from None
+
+def _check_token(address: str) -> None:
+    """Ask the head something: Ray itself tries for 20 s, and keeps the reason to its log."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    from cluster.launch.jobs_api import token_problem
+
+    try:
+        GcsClient(address=canonicalize_bootstrap_address_or_die(address))
+    except Exception as error:  # Ray has many, and tells of all others at once
+        if (problem := token_problem(error)) is not None:
+            raise problem from None
 
 
 def _check_address(address: str) -> None:
     """Knock at the cluster's door: Ray itself would go on trying for five minutes."""
+    from cluster.launch.jobs_api import without_password
+    from cluster.launch.ray_address import is_dashboard
+
+    address = without_password(address)
     if address.startswith("ray://"):
         raise _no_cluster(address, "that is a Ray Client address; give the head's own, HOST:6379")
     if "://" in address:
-        raise UserError(
-            f"RAY_ADDRESS={address} is the address of Ray's Jobs API, which babelray launch takes: "
-            "launch the run, or give the cluster's own address, HOST:6379"
-        )
+        raise _jobs_api(address)
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         return  # "auto" and the like, which Ray resolves at once
@@ -236,6 +248,15 @@ def _check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, str(error)) from None
+    if is_dashboard(address):  # to which Ray would go on talking as to a head
+        raise _jobs_api(address)
+
+
+def _jobs_api(address: str) -> UserError:
+    return UserError(
+        f"RAY_ADDRESS={address} is the address of Ray's Jobs API, which babelray launch takes: "
+        "launch the run, or give the cluster's own address, HOST:6379"
+    )
 
 
 def _no_cluster(address: str, reason: str) -> UserError:

@@ -8,14 +8,16 @@ header comes from Ray's own loader.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
+from requests.auth import AuthBase
 
 from data_shards.errors import UserError
 
@@ -24,8 +26,14 @@ _ANSWER_S = 60.0
 # A connection that no longer carries anything is found out after one and a half of these.
 _HEARTBEAT_S = 40.0
 
+# All that are alive: Ray tells of a hundred unless told otherwise, and of no more than these.
+_NODES = (
+    "/api/v0/nodes?detail=true&limit=10000"
+    "&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+)
+
 _HEADERS_VARIABLE = "RAY_JOB_HEADERS"
-_MEND_ACCESS = (
+MEND_ACCESS = (
     "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH=FILE or ~/.ray/auth_token "
     "with the cluster's token (docs/ray-cluster.md)"
 )
@@ -38,18 +46,25 @@ class NoAnswerError(UserError):
 class JobsApi:
     """The Jobs API at ``url``, as http://HOST:8265. Asks nothing before it is used.
 
+    ``headers`` are sent with every request; by default what the environment says, with the token.
     Every method raises ``NoAnswerError`` if there is no answer, and ``UserError`` if the cluster
     refuses the token.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, headers: dict[str, str] | None = None) -> None:
         self.url = url.rstrip("/")
-        self._headers: dict[str, str] | None = None
+        self._headers = headers
 
     @property
     def shown(self) -> str:
         """The URL without a password."""
         return without_password(self.url)
+
+    @property
+    def _bare(self) -> str:
+        """The URL for requests, which carry its password in a header."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     def version(self, *, timeout_s: float = _ANSWER_S) -> str:
         """The cluster's version of Ray.
@@ -70,7 +85,7 @@ class JobsApi:
 
     def nodes(self) -> list[dict[str, Any]]:
         """The machines that are alive: ``node_ip``, ``is_head_node``, ``resources_total``."""
-        found = _dig(self._json("GET", "/api/v0/nodes?detail=true"), "data", "result", "result")
+        found = _dig(self._json("GET", _NODES), "data", "result", "result")
         nodes = found if isinstance(found, list) else []
         return [node for node in nodes if node.get("state") == "ALIVE"]
 
@@ -142,11 +157,16 @@ class JobsApi:
     async def _tail(self, job: str) -> AsyncIterator[str]:
         import aiohttp
 
-        url = f"{self.url}/api/jobs/{job}/logs/tail"
+        url = f"{self._bare}/api/jobs/{job}/logs/tail"
+        # The same proxy as for other requests; trust_env would bring .netrc as well.
+        proxies = requests.utils.get_environ_proxies(url)
+        proxy = requests.utils.select_proxy(url, proxies)
         try:
             async with (
-                aiohttp.ClientSession(headers=self.headers(), trust_env=True) as session,
-                session.ws_connect(url, heartbeat=_HEARTBEAT_S, max_msg_size=0) as socket,
+                aiohttp.ClientSession(headers=self.headers()) as session,
+                session.ws_connect(
+                    url, proxy=proxy, heartbeat=_HEARTBEAT_S, max_msg_size=0
+                ) as socket,
             ):
                 async for message in socket:
                     if message.type == aiohttp.WSMsgType.TEXT:
@@ -157,13 +177,13 @@ class JobsApi:
             raise NoAnswerError(f"no log from {self.shown} ({_reason(error)})") from None
 
     def headers(self) -> dict[str, str]:
-        """The token's header, and what RAY_JOB_HEADERS holds for a proxy.
+        """The token's header, what RAY_JOB_HEADERS holds for a proxy, or the URL's password.
 
         Raises:
             UserError: a token is asked for and there is none, or the variable is no JSON object.
         """
         if self._headers is None:
-            self._headers = _given_headers() | _token_header()
+            self._headers = _url_header(self.url) | _given_headers() | token_header()
         return self._headers
 
     def _json(self, method: str, path: str, **options: Any) -> Any:
@@ -186,8 +206,9 @@ class JobsApi:
         try:
             answer = requests.request(
                 method,
-                self.url + path,
+                self._bare + path,
                 headers=self.headers(),
+                auth=AS_GIVEN,
                 timeout=(min(_CONNECT_S, timeout_s), timeout_s),
                 **options,
             )
@@ -196,10 +217,10 @@ class JobsApi:
                 f"no Ray Jobs API answers at {self.shown} ({_reason(error)}): {_ADDRESS}"
             ) from None
         if answer.status_code == 401:
-            raise UserError(f"the Ray cluster at {self.shown} asks for a token: {_MEND_ACCESS}")
+            raise UserError(f"the Ray cluster at {self.shown} asks for a token: {MEND_ACCESS}")
         if answer.status_code == 403:
             raise UserError(
-                f"the Ray cluster at {self.shown} refuses the token that was given: {_MEND_ACCESS}"
+                f"the Ray cluster at {self.shown} refuses the token that was given: {MEND_ACCESS}"
             )
         return answer
 
@@ -210,21 +231,37 @@ _ADDRESS = (
 )
 
 
-def without_password(url: str) -> str:
-    """``url`` fit to be shown."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def without_password(address: str) -> str:
+    """An address fit to be shown, also one that is no URL."""
+    return re.sub(r"^([a-z][a-z0-9+.-]*://)?.*@", r"\1", address)
 
 
 def token_problem(error: BaseException) -> UserError | None:
     """A refusal of the token by Ray's own connections, as our error; None for another error."""
     text = f"{type(error).__name__} {error}"
     if re.search(r"authenticat|unauthori[sz]ed", text, re.IGNORECASE):
-        return UserError(f"the Ray cluster asks for a token, or another one: {_MEND_ACCESS}")
+        return UserError(f"the Ray cluster asks for a token, or another one: {MEND_ACCESS}")
     return None
 
 
-def _token_header() -> dict[str, str]:
+class _AsGiven(AuthBase):
+    """Leaves the headers as they are: without it, .netrc takes the token's place."""
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        return request
+
+
+AS_GIVEN = _AsGiven()
+
+
+def token_header() -> dict[str, str]:
+    """The header with the cluster's token, from where Ray itself takes it; empty without one.
+
+    Raises:
+        UserError: RAY_AUTH_MODE asks for a token, and there is none.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() in {"", "disabled"}:
+        return {}  # and nobody waits for Ray's import
     # Ray is pinned to one version; there is no public name for it.
     from ray._private.authentication.http_token_authentication import (
         get_auth_headers_if_auth_enabled,
@@ -234,7 +271,16 @@ def _token_header() -> dict[str, str]:
     try:
         return dict(get_auth_headers_if_auth_enabled({}))
     except AuthenticationError:
-        raise UserError(f"RAY_AUTH_MODE=token, but there is no token: {_MEND_ACCESS}") from None
+        raise UserError(f"RAY_AUTH_MODE=token, but there is no token: {MEND_ACCESS}") from None
+
+
+def _url_header(url: str) -> dict[str, str]:
+    """Of a proxy in front of the cluster that wants a password: http://USER:PASSWORD@HOST."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
 
 def _given_headers() -> dict[str, str]:

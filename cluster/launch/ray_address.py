@@ -61,11 +61,14 @@ def _is_url(address: str) -> bool:
 
 
 def is_dashboard(address: str) -> bool:
-    """Whether Ray's dashboard answers there: its address was given without http://."""
+    """Whether Ray's dashboard answers there: its address was given without http://.
+
+    The token is not sent: it is not known yet what that is.
+    """
     if not address.rpartition(":")[2].isdecimal():
         return False
     try:
-        JobsApi(f"http://{address}").version(timeout_s=_KNOCK_S)
+        JobsApi(f"http://{address}", headers={}).version(timeout_s=_KNOCK_S)
     except NoAnswerError:
         return False
     except UserError:  # it asks for a token, and so will whatever is asked next
@@ -88,8 +91,8 @@ def _ask_head(address: str) -> str:
         )
     except Exception as error:  # Ray has many, and none of its own for each of these
         raise token_problem(error) or UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={shown} ({_first_line(error, address)}): correct the address, or give the "
-            "head's dashboard, http://HOST:8265"
+            f"no Ray cluster answers at RAY_ADDRESS={shown} ({_first_line(error, address)}): "
+            "correct the address, or give the head's dashboard, http://HOST:8265"
         ) from None
     if not found:
         raise UserError(

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from cluster.checks import Check
+from data_shards.errors import UserError
 
 
 def check_ray(version: str) -> Check:
@@ -66,8 +67,26 @@ def check_room(nodes: Sequence[dict[str, Any]], arguments: Sequence[str]) -> Che
         "room",
         "warning",
         f"{found}; {least} workers need one {'GPU' if gpus else 'CPU'} each",
-        "fewer --workers or --nodes; or a cluster that grows by itself: then the job waits for it",
+        "give fewer --nodes or --gpus, or add machines: a training waits five minutes for them, "
+        "and then fails",
     )
+
+
+def gpus_of_one(nodes: Sequence[dict[str, Any]]) -> int | None:
+    """GPUs of each machine that has any; None if none has.
+
+    Raises:
+        UserError: they differ.
+    """
+    totals = [node.get("resources_total") or {} for node in nodes]
+    found = sorted({int(total["GPU"]) for total in totals if total.get("GPU")})
+    if len(found) > 1:
+        numbers = ", ".join(map(str, found))
+        raise UserError(
+            f"the cluster's machines have different numbers of GPUs ({numbers}): give --gpus, the "
+            "workers on each"
+        )
+    return found[0] if found else None
 
 
 def _workers_of(arguments: Sequence[str]) -> int | None:

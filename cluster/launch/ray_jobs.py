@@ -9,29 +9,40 @@ from __future__ import annotations
 
 import getpass
 import os
-import re
 import secrets
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.checks import Check
+from cluster.hints import DEFAULT_RUNS, runs_flag
 from cluster.launch.job_log import JobLog
 from cluster.launch.jobs_api import JobsApi, NoAnswerError, without_password
 from cluster.launch.ray_address import jobs_url
-from cluster.launch.ray_checks import check_python, check_ray, check_room
+from cluster.launch.ray_checks import check_python, check_ray, check_room, gpus_of_one
+from cluster.launch.ray_details import (
+    KIND,
+    RUN,
+    STORAGE,
+    USER,
+    job_of,
+    metadata,
+    newest,
+    phase_of,
+    why,
+)
 from cluster.launch.target import (
     OVER,
     Ended,
     Job,
     Kind,
     LogLine,
-    Phase,
     Place,
     RemoteCommandError,
     Submission,
@@ -41,13 +52,6 @@ from cluster.launch.target import (
 from cluster.launch.upload import CONFIG_FILE, Upload, pack
 from data_shards.errors import RunFailedError, UserError
 
-_PHASES: dict[str, Phase] = {
-    "PENDING": "starting",
-    "RUNNING": "running",
-    "SUCCEEDED": "succeeded",
-    "FAILED": "failed",
-    "STOPPED": "stopped",
-}
 _POLL_S = 1.0
 _QUICK_POLL_S = 0.25
 # How long whoever follows a job bears that nobody answers: without a word, and at all.
@@ -57,20 +61,19 @@ _LOG_ATTEMPTS = 3
 # What ``run`` runs is no job of a run's, and not worth a line in the cluster's list for long.
 _COMMAND_KIND = "command"
 _KEEP_COMMANDS_S = 600.0
-
-
-# What a job carries, for whoever lists the cluster's jobs.
-_RUN = "babelray-run"
-_KIND = "babelray-kind"
-_STORAGE = "babelray-storage"
-_USER = "babelray-user"
+# A job that is ended has three seconds for it, and Ray looks every second.
+_END_S = 15.0
 
 
 class RayJobsTarget:
     """A Ray cluster behind its Jobs API; see ``cluster.launch.target.Target``."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, runs: Path = DEFAULT_RUNS) -> None:
         """At a place whose address may be any that RAY_ADDRESS can hold; asks nothing yet.
+
+        Args:
+            place: where.
+            runs: the folder of runs here, for what a message tells to type.
 
         Raises:
             UserError: the place's storage is no absolute path.
@@ -80,7 +83,7 @@ class RayJobsTarget:
             raise UserError(
                 f"storage {place.storage}: give the folder's absolute path on the machines"
             )
-        self.place = place
+        self.place, self._runs = place, runs
         self._api_: JobsApi | None = None
         self._interpreter: str | None = None
 
@@ -103,10 +106,19 @@ class RayJobsTarget:
         return f"the Ray cluster at {without_password(self.place.address)}"
 
     def workers(self) -> str | None:
-        """Machines times GPUs of each, if both were given."""
+        """Machines times GPUs of each; the cluster is asked how many those are if nobody says.
+
+        Raises:
+            UserError: GPUs of no number of machines, or of machines that differ.
+        """
         if self.place.nodes is None:
+            if self.place.gpus is not None:
+                raise UserError(
+                    f"--gpus {self.place.gpus}: on how many machines? Give --nodes, too; without "
+                    "both, every GPU of the cluster gets a worker"
+                )
             return None
-        ranks_of_one = self.place.gpus or 1
+        ranks_of_one = self.place.gpus or gpus_of_one(self._api.nodes()) or 1
         return ":".join(str(int(nodes) * ranks_of_one) for nodes in self.place.nodes.split(":"))
 
     def preflight(self, submission: Submission) -> Iterator[Check]:
@@ -142,23 +154,19 @@ class RayJobsTarget:
 
     def find(self, run: str, kind: Kind = "train") -> Job | None:
         """The newest job of that kind of the run with its files in this storage."""
-        found = _newest(
+        found = newest(
             job
             for job in self._api.jobs()
-            if (_metadata(job).get(_RUN), _metadata(job).get(_KIND)) == (run, kind)
-            and _metadata(job).get(_STORAGE) == self.storage
+            if (metadata(job).get(RUN), metadata(job).get(KIND)) == (run, kind)
+            and metadata(job).get(STORAGE) == self.storage
         )
-        return _job(found) if found else None
+        return job_of(found) if found else None
 
     def submit(self, submission: Submission) -> Job:
         """Upload what is not there yet and hand the job over."""
         before = self.find(submission.run, submission.kind)
         if before is not None and not before.is_over:
-            raise UserError(
-                f"the run {submission.run} is not over on {self.describe()}: its {before.kind} job "
-                f"{before.id} is {before.phase}; watch it (babelray logs {before.run} --follow) or "
-                f"stop it (babelray stop {before.run})"
-            )
+            raise UserError(self._not_over(before))
         upload, request = self._prepare(submission, _new_id(submission.run, submission.kind))
         self._api.upload(upload.uri, upload.content)
         self._api.submit(request)
@@ -168,13 +176,13 @@ class RayJobsTarget:
         """The job's updates; a connection that is cut is made anew."""
         log = JobLog(job.id)
         told: str | None = None
-        silent_since: float | None = None
+        silence = _Silence()
         failed_reads = 0
         while True:
             waiting: str | None = None
             try:
                 now = self._state(job)
-                silent_since = None
+                silence.end()
                 waiting = now.message if now.phase == "starting" else None
                 if now.phase != "starting" and failed_reads < _LOG_ATTEMPTS:
                     for piece in self._api.tail(job.id):
@@ -189,13 +197,12 @@ class RayJobsTarget:
                 failed_reads = 0
             except NoAnswerError as error:
                 failed_reads += 1
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since > _PATIENCE_S:
+                silent_s = silence.go_on()
+                if silent_s > _PATIENCE_S:
                     raise RunFailedError(
-                        f"{error}\n  the job {job.id} may go on all the same; look again with "
-                        f"babelray logs {job.run} --follow"
+                        f"{error}\n  the job {job.id} may go on all the same; {self._look(job)}"
                     ) from None
-                if time.monotonic() - silent_since > _SILENCE_S:
+                if silent_s > _SILENCE_S:
                     waiting = "the cluster does not answer; trying again"
             log.cut()
             if waiting and waiting != told:
@@ -211,33 +218,48 @@ class RayJobsTarget:
         self._api.submit(request)
         name = request["submission_id"]
         log = JobLog(name)
-        is_over = False
+        silence = _Silence()
+        is_to_end = True  # if nobody listens any more
         try:
             while True:
-                details = self._api.job(name)
-                is_over = details is None or _phase(details) in OVER
                 began = time.monotonic()
-                yield from log.read_all(self._api.logs(name))
+                try:
+                    details = self._api.job(name)
+                    is_over = details is None or phase_of(details) in OVER
+                    text = self._api.logs(name)
+                except NoAnswerError:
+                    if silence.go_on() > _PATIENCE_S:
+                        is_to_end = False  # it may be about to save what the run has learnt
+                        raise
+                    time.sleep(_POLL_S)
+                    continue
+                silence.end()
+                is_to_end = not is_over
+                yield from log.read_all(text)
                 if is_over:
                     yield from log.rest()
                     break
                 # A long log is read as a whole each time: then less often.
                 time.sleep(max(_QUICK_POLL_S, 10 * (time.monotonic() - began)))
         finally:
-            self._leave(name, is_over=is_over)
+            self._leave(name, is_to_end=is_to_end)
         if details is None:
             raise UserError(f"{self.describe()} has forgotten the command's job: try again")
         if details["status"] != "SUCCEEDED":
             if not log.has_begun:
                 raise UserError(
-                    f"{self.describe()} could not run a command: {_message(details) or 'no reason'}"
+                    f"{self.describe()} could not run a command: {why(details) or 'no reason'}"
                 )
             status = details.get("driver_exit_code") or 1
             raise RemoteCommandError(status if status > 0 else 128 - status)
 
     def cancel(self, job: Job) -> None:
-        """End the job's processes: SIGTERM, and three seconds later SIGKILL."""
+        """End the job's processes: SIGTERM, and three seconds later SIGKILL; waits for that."""
         self._api.stop(job.id)
+        deadline = time.monotonic() + _END_S
+        with suppress(NoAnswerError):
+            while not self._state(job).is_over and time.monotonic() < deadline:
+                time.sleep(_QUICK_POLL_S)
 
     @contextmanager
     def dashboard(self, run: str) -> Iterator[str]:
@@ -245,14 +267,34 @@ class RayJobsTarget:
         self._api.version()
         yield self._api.shown
 
-    def _leave(self, name: str, *, is_over: bool) -> None:
+    def _not_over(self, job: Job) -> str:
+        where = runs_flag(self._runs)
+        end = f"ray job stop --address {self._api.shown} {job.id}"
+        match job.kind:
+            case "train":
+                found = f"the run {job.run} is not over"
+                mend = f"{self._look(job)}, or stop it: babelray stop {job.run}{where}"
+            case "evaluate":
+                found = f"an evaluation of {job.run} is not over"
+                mend = f"wait for its end, or end it: {end}"
+            case _:
+                found = "a doctor is at work"
+                mend = f"wait for its end, or end it: {end}"
+        return f"{found} on {self.describe()} (its job {job.id} is {job.phase}): {mend}"
+
+    def _look(self, job: Job) -> str:
+        if job.kind == "train":
+            return f"watch it: babelray logs {job.run} --follow{runs_flag(self._runs)}"
+        return f"its log: ray job logs --address {self._api.shown} {job.id}"
+
+    def _leave(self, name: str, *, is_to_end: bool) -> None:
         with suppress(UserError):
-            if not is_over:
+            if is_to_end:
                 self._api.stop(name)
             # One that ended only now would come back: Ray still looks after it for a moment.
             before = 1000 * (time.time() - _KEEP_COMMANDS_S)
             for job in self._api.jobs():
-                if _metadata(job).get(_KIND) == _COMMAND_KIND and (
+                if metadata(job).get(KIND) == _COMMAND_KIND and (
                     0 < (job.get("end_time") or 0) < before
                 ):
                     self._api.delete(job["submission_id"])
@@ -266,7 +308,7 @@ class RayJobsTarget:
                 message="the cluster does not know of the job any more: its head has begun anew; "
                 "launch the run again to go on from its last checkpoint",
             )
-        return _job(details)
+        return job_of(details)
 
     def _prepare(self, submission: Submission, id: str) -> tuple[Upload, dict[str, Any]]:
         arguments = submission.arguments
@@ -286,59 +328,25 @@ class RayJobsTarget:
             # Ray then puts it on the head.
             "entrypoint_num_cpus": 0,
             "runtime_env": {"working_dir": upload.uri},
-            "metadata": {_RUN: run, _KIND: kind, _STORAGE: self.storage, _USER: _user()},
+            "metadata": {RUN: run, KIND: kind, STORAGE: self.storage, USER: _user()},
         }
 
 
-def _phase(details: dict[str, Any]) -> Phase:
-    return _PHASES.get(details["status"], "running")
+class _Silence:
+    """How long nobody has answered."""
 
+    def __init__(self) -> None:
+        self._since: float | None = None
 
-def _metadata(details: dict[str, Any]) -> dict[str, str]:
-    return details.get("metadata") or {}
+    def go_on(self) -> float:
+        """No answer again; the seconds since the first that did not come."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return now - self._since
 
-
-def _newest(jobs: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-    return max(jobs, key=lambda job: job.get("start_time") or 0, default=None)
-
-
-def _job(details: dict[str, Any]) -> Job:
-    metadata = _metadata(details)
-    kind = metadata.get(_KIND, "train")
-    driver = details.get("driver_info") or {}
-    facts = {
-        "submitted by": metadata.get(_USER),
-        "submitted at": _time(details.get("start_time")),
-        "machine": driver.get("node_ip_address"),
-        "exit status": str(code) if (code := details.get("driver_exit_code")) else None,
-    }
-    return Job(
-        run=metadata.get(_RUN, ""),
-        kind=kind if kind in {"train", "evaluate", "doctor"} else "train",  # type: ignore[arg-type]
-        id=str(details["submission_id"]),
-        phase=_phase(details),
-        message=_message(details),
-        facts=tuple((name, value) for name, value in facts.items() if value),
-    )
-
-
-def _message(details: dict[str, Any]) -> str | None:
-    """Why, in one line; Ray's own words for "it runs" and "it is over" say nothing."""
-    status, text = details["status"], (details.get("message") or "").strip()
-    if status == "PENDING":
-        return "Ray prepares the job on the cluster's head"
-    if status != "FAILED" or not text:
-        return None
-    if errors := re.findall(r"^babelray: error: (.*)", text, re.MULTILINE):
-        return str(errors[-1])
-    first = text.partition("\n")[0]
-    return first.partition(", last available logs")[0][:500]
-
-
-def _time(milliseconds: int | None) -> str | None:
-    if not milliseconds:
-        return None
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000))
+    def end(self) -> None:
+        """An answer."""
+        self._since = None
 
 
 def _new_id(run: str, kind: str) -> str:

@@ -139,14 +139,19 @@ def test_a_command_runs_there_with_the_code_from_here(address: str, tmp_path: Pa
 
     # A job with a configuration finds it, and fails with what babelray says of it.
     job = target.submit(
-        Submission("one", "train", ("train", "--name", "one"), config="model: {layers: 1}\n")
+        Submission(
+            "one",
+            "train",
+            ("train", "--name", "one", "--workers", "7", "--log-format", "json"),
+            config="data: {lanes: 3}\n",
+        )
     )
     updates = list(target.follow(job))
     end = updates[-1]
     assert isinstance(end, Ended)
     assert end.job == target.find("one")
     assert end.job.phase == "failed"
-    assert "run.yaml" in str(end.job.message)
+    assert str(end.job.message).startswith("--workers 7: the run has data.lanes 3")
     told = [update.text for update in updates if isinstance(update, LogLine)]
     assert told
     assert "Running entrypoint" not in "".join(told)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.launch import jobs_api
 from cluster.ray_state import RUNS_PATH, RayStateError, attempts, train_runs
+from data_shards.errors import UserError
 
 # Of a run with two workers, one of which was killed and replaced (Ray 2.60.0).
 RECORDED = Path(__file__).parent / "recorded" / "train_runs.json"
@@ -157,23 +159,23 @@ def test_an_address_that_is_none() -> None:
 
 
 def test_the_token_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "token"
-    file.write_text("from-file\n")
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password other\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setattr(jobs_api, "token_header", lambda: {"Authorization": "Bearer given"})
     with answering(200, '{"train_runs": []}') as (url, asked):
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
         assert train_runs(url) == []
-        monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
-        train_runs(url)
-    assert [headers["Authorization"] for headers in asked] == ["Bearer from-file", "Bearer given"]
+    assert [headers["Authorization"] for headers in asked] == ["Bearer given"]
 
 
-def test_a_token_that_is_refused_or_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+def test_a_token_that_is_refused_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_none() -> dict[str, str]:
+        raise UserError("there is no token")
+
+    monkeypatch.setattr(jobs_api, "token_header", lambda: {"Authorization": "Bearer wrong"})
     with answering(403, "") as (url, _), pytest.raises(RayStateError, match="refuses the token"):
         train_runs(url)
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(RayStateError, match="RAY_AUTH_TOKEN_PATH"):
+    monkeypatch.setattr(jobs_api, "token_header", find_none)
+    with pytest.raises(RayStateError, match="there is no token"):
         train_runs("http://127.0.0.1:9")

@@ -7,18 +7,28 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
+import shlex
 import socket
+import subprocess
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
+import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from cluster import session
+from cluster.cli import cli
+from cluster.console import JsonConsole, errors_told
 from cluster.launch import jobs_api, ray_address, ray_jobs
 from cluster.launch.job_log import JobLog
 from cluster.launch.jobs_api import JobsApi, NoAnswerError
@@ -35,6 +45,7 @@ from cluster.launch.target import (
 )
 from cluster.launch.upload import pack
 from data_shards.errors import RunFailedError, UserError
+from tests.workplace import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 
@@ -53,6 +64,8 @@ class Head:
         texts: what each job has written.
         cuts: after how many characters each connection to a log is cut; then none is.
         statuses: answers to come instead of the right one, by path.
+        nodes: what it tells of machines, also of those that are gone; at most 100 unless asked.
+        end_s: how long a job takes to end that is stopped.
     """
 
     def __init__(self) -> None:
@@ -63,6 +76,9 @@ class Head:
         self.packages: dict[str, bytes] = {}
         self.cuts: list[int] = []
         self.statuses: dict[str, list[tuple[int, str]]] = {}
+        self.nodes = [{"state": "ALIVE", "resources_total": {"CPU": 1.0}}] * 2
+        self.nodes.append({"state": "DEAD"})
+        self.end_s = 0.0
         self.seen: list[str] = []
         self.submitted: Callable[[dict[str, Any]], None] = lambda details: None
         head = self
@@ -118,9 +134,13 @@ class Head:
                 return 200, {"ray_version": self.version}
             case ["GET ", "api", "v0", "cluster_metadata"]:
                 return 200, {"data": {"pythonVersion": "3.11.7"}}
-            case ["GET ", "api", "v0", "nodes?detail=true"]:
-                node = {"state": "ALIVE", "resources_total": {"CPU": 1.0}}
-                return 200, {"data": {"result": {"result": [node, node, {"state": "DEAD"}]}}}
+            case ["GET ", "api", "v0", name] if name.startswith("nodes?"):
+                asked = parse_qs(name.partition("?")[2])
+                found = self.nodes
+                if asked.get("filter_keys") == ["state"] and asked["filter_predicates"] == ["="]:
+                    found = [node for node in found if [node["state"]] == asked["filter_values"]]
+                found = found[: int(asked.get("limit", ["100"])[0])]
+                return 200, {"data": {"result": {"result": found}}}
             case ["GET ", "nodes?view=summary"]:
                 words = ["raylet", "--python_worker_command=/venv/bin/python default_worker.py"]
                 return 200, {
@@ -144,7 +164,8 @@ class Head:
             case ["GET ", "api", "jobs", name, "logs"] if name in self.jobs:
                 return 200, {"logs": self.texts.get(name, "")}
             case ["POST ", "api", "jobs", name, "stop"] if name in self.jobs:
-                self.jobs[name]["status"] = "STOPPED"
+                end = functools.partial(self.jobs[name].update, status="STOPPED")
+                threading.Timer(self.end_s, end).start() if self.end_s else end()
                 return 200, {"stopped": True}
             case ["DELETE ", "api", "jobs", name] if name in self.jobs:
                 del self.jobs[name]
@@ -277,9 +298,31 @@ def test_a_run_that_is_not_over_is_not_launched_again(head: Head, target: RayJob
         with pytest.raises(UserError, match=rf"the run demo is not over .*{job.id}.*babelray stop"):
             target.submit(TRAIN)
     # Evaluation is another job of it, and the same name in another storage another run.
-    target.submit(Submission("demo", "evaluate", ("evaluate", "demo")))
+    evaluation = Submission("demo", "evaluate", ("evaluate", "demo"))
+    again = target.submit(evaluation)
+    with pytest.raises(UserError, match=rf"an evaluation .* ray job stop --address .* {again.id}$"):
+        target.submit(evaluation)
     RayJobsTarget(Place("ray", "/other", address=head.address)).submit(TRAIN)
     assert len(head.jobs) == 3
+
+
+def test_messages_tell_what_can_be_typed_here(head: Head) -> None:
+    place = Place("ray", "/shared", address=head.address)
+    target = RayJobsTarget(place, runs=Path("/my runs"))
+    target.submit(TRAIN)
+    with pytest.raises(UserError, match=r"logs demo --follow --runs '/my runs', or stop .*runs'$"):
+        target.submit(TRAIN)
+    doctor = Submission("doctor", "doctor", ("doctor",))
+    job = target.submit(doctor)
+    with pytest.raises(UserError, match=rf"a doctor is at work .* wait .*ray job stop .*{job.id}$"):
+        target.submit(doctor)
+
+
+def test_a_doctor_that_was_ended_makes_room_for_another(head: Head, target: RayJobsTarget) -> None:
+    head.end_s = 0.05
+    doctor = Submission("doctor", "doctor", ("doctor",))
+    target.cancel(target.submit(doctor))
+    target.submit(doctor)
 
 
 def test_what_would_be_submitted_is_shown_and_nothing_is_sent(
@@ -298,6 +341,16 @@ def test_what_would_be_submitted_is_shown_and_nothing_is_sent(
 # --- finding and following it
 
 
+def in_json(error: UserError) -> str:
+    """What a command writes that logs as JSON and ends with that error."""
+    stream = io.StringIO()
+    console = JsonConsole(stream)
+    console.say("--workers 2: all is well", "warning")
+    with suppress(click.exceptions.Exit), errors_told(console):
+        raise error
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("status", "message", "phase", "expected"),
     [
@@ -307,6 +360,7 @@ def test_what_would_be_submitted_is_shown_and_nothing_is_sent(
         ("STOPPED", "Job was intentionally stopped.", "stopped", None),
         ("FAILED", "failed with exit code 2, last available logs (x):\nmore", "failed", "code 2"),
         ("FAILED", "x\nbabelray: error: no such file\n", "failed", "no such file"),
+        ("FAILED", "code 2, last:\n" + in_json(UserError("no lanes\n  x")), "failed", "no lanes"),
     ],
 )
 def test_how_far_a_job_is(
@@ -413,7 +467,7 @@ def test_a_command_gives_its_lines_and_its_exit_status(head: Head, target: RayJo
         details |= {"status": "FAILED", "driver_exit_code": 3}
 
     head.submitted = run_it
-    lines = []
+    lines: list[str] = []
     with pytest.raises(RemoteCommandError) as failed:
         lines.extend(target.run("demo", ["status", "demo", "--runs", "/shared/my runs"]))
     assert lines == ["one", "two", "three"]
@@ -444,6 +498,26 @@ def test_a_command_that_nobody_listens_to_is_ended(head: Head, target: RayJobsTa
     lines.close()  # type: ignore[attr-defined]
     [details] = head.jobs.values()
     assert details["status"] == "STOPPED"
+
+
+def test_a_command_outlasts_silence(
+    head: Head, target: RayJobsTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_silent(details: dict[str, Any]) -> None:
+        name = details["submission_id"]
+        head.texts[name] = wrote(name, "saved\n")
+        details |= {"status": "SUCCEEDED"}
+        for path in (f"/api/jobs/{name}", f"/api/jobs/{name}/logs"):
+            head.statuses[path] = [(502, "bad gateway")] * silences
+
+    head.submitted = be_silent
+    silences = 2
+    assert list(target.run("demo", ["stop", "demo"])) == ["saved"]
+    silences = 1000
+    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 0.05)
+    with pytest.raises(NoAnswerError, match="bad gateway"):
+        list(target.run("demo", ["stop", "demo"]))
+    assert not [what for what in head.seen if what.endswith("/stop")]
 
 
 def test_a_command_that_cannot_begin_says_why(head: Head, target: RayJobsTarget) -> None:
@@ -512,19 +586,22 @@ def test_a_job_that_is_not_taken(head: Head, target: RayJobsTarget, path: str) -
 
 
 def test_the_token_goes_along_and_nowhere_else(
-    head: Head, target: RayJobsTarget, monkeypatch: pytest.MonkeyPatch
+    head: Head, target: RayJobsTarget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     head.token = "right"
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))  # which requests prefer
     with pytest.raises(UserError, match="asks for a token") as refused:
         target.find("demo")
     assert refused.value.exit_status == 2
 
-    monkeypatch.setattr(jobs_api, "_token_header", lambda: {"Authorization": "Bearer wrong"})
+    monkeypatch.setattr(jobs_api, "token_header", lambda: {"Authorization": "Bearer wrong"})
     with pytest.raises(UserError, match="refuses the token") as refused:
         target_at(head.address).find("demo")
     assert "wrong" not in str(refused.value)
 
-    monkeypatch.setattr(jobs_api, "_token_header", lambda: {"Authorization": "Bearer right"})
+    monkeypatch.setattr(jobs_api, "token_header", lambda: {"Authorization": "Bearer right"})
     target = target_at(head.address)
     job = target.submit(TRAIN)
     head.jobs[job.id]["status"] = "SUCCEEDED"
@@ -542,6 +619,7 @@ def test_token_mode_without_a_token(head: Head, monkeypatch: pytest.MonkeyPatch)
         raise AuthenticationError("RAY_AUTH_TOKEN_PATH is set but the file is empty")
 
     monkeypatch.setattr(http_token_authentication, "get_auth_headers_if_auth_enabled", find_none)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(UserError, match="RAY_AUTH_MODE=token, but there is no token: export"):
         target_at(head.address).find("demo")
 
@@ -600,12 +678,35 @@ def test_room_for_the_workers() -> None:
     assert few.found == "2 machines with 66 CPUs and 8 GPUs; 16 workers need one GPU each"
 
 
+def test_every_machine_is_counted(head: Head) -> None:
+    head.nodes = [{"state": state} for state in ["DEAD"] * 90 + ["ALIVE"] * 120]
+    assert len(JobsApi(head.address).nodes()) == 120
+
+
 @pytest.mark.parametrize(
-    ("nodes", "gpus", "expected"), [(None, None, None), ("4", 8, "32"), ("1:4", 2, "2:8")]
+    ("gpus_there", "nodes", "gpus", "expected"),
+    [
+        ([], None, None, None),
+        ([], "4", 8, "32"),
+        ([], "1:4", 2, "2:8"),
+        ([], "4", None, "4"),
+        ([8, 8], "4", None, "32"),
+        ([8], "1:4", None, "8:32"),
+        ([8], None, 8, "--gpus 8: on how many machines"),
+        ([4, 8], "2", None, r"different numbers of GPUs \(4, 8\): give --gpus"),
+    ],
 )
-def test_machines_and_workers(nodes: str | None, gpus: int | None, expected: str | None) -> None:
-    place = Place("ray", "/shared", address="http://head:8265", nodes=nodes, gpus=gpus)
-    assert RayJobsTarget(place).workers() == expected
+def test_machines_and_workers(
+    head: Head, gpus_there: list[int], nodes: str | None, gpus: int | None, expected: str | None
+) -> None:
+    there = [{"state": "ALIVE", "resources_total": {"GPU": float(n)}} for n in gpus_there]
+    head.nodes += there
+    target = RayJobsTarget(Place("ray", "/shared", address=head.address, nodes=nodes, gpus=gpus))
+    if expected is not None and "GPUs" in expected.replace("--gpus", "GPUs"):
+        with pytest.raises(UserError, match=expected):
+            target.workers()
+    else:
+        assert target.workers() == expected
 
 
 # --- addresses
@@ -640,6 +741,35 @@ def test_a_dashboards_address_with_and_without_its_scheme(head: Head) -> None:
 def test_addresses_that_are_none(address: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         ray_address.jobs_url(address)
+
+
+def test_a_dashboards_address_is_told_from_a_heads(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.token = "right"
+    monkeypatch.setenv("RAY_ADDRESS", head.address.removeprefix("http://"))
+    with (
+        pytest.raises(UserError, match=r"Jobs API, which babelray launch takes.*HOST:6379"),
+        session.connect(min_cpus=1, threads=1, dashboard_port=None),
+    ):
+        pass
+
+
+def test_a_token_that_is_missing_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray._raylet
+    from ray.exceptions import AuthenticationError
+
+    def refuse(address: str) -> None:
+        raise AuthenticationError("RPC error: InvalidAuthToken")
+
+    def connect(**options: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")  # all that Ray says of it
+
+    monkeypatch.setattr(ray._raylet, "GcsClient", refuse)
+    monkeypatch.setattr(ray, "init", connect)
+    with pytest.raises(UserError, match="asks for a token, or another one: export RAY_AUTH_MODE"):
+        session._connect_to("192.0.2.7:6379")
 
 
 def test_a_head_that_does_not_answer() -> None:
@@ -704,6 +834,65 @@ def test_a_password_is_not_shown() -> None:
     with pytest.raises(UserError) as refused:
         target.find("demo")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:secret@head:port", "ray://me:secret@head:1", "me:secret@127.0.0.1:1"]
+)
+def test_a_password_is_not_shown_where_the_address_is_wrong(address: str) -> None:
+    with pytest.raises(UserError) as refused:
+        ray_address.jobs_url(address)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        session._check_address(address)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_password_goes_along_unless_there_is_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "http://me:s%40t@head:8265"
+    basic = base64.b64encode(b"me:s@t").decode()
+    assert JobsApi(url).headers() == {"Authorization": f"Basic {basic}"}
+    monkeypatch.setattr(jobs_api, "token_header", lambda: {"Authorization": "Bearer right"})
+    assert JobsApi(url).headers() == {"Authorization": "Bearer right"}
+
+
+# --- what the documents tell to type
+
+
+def documented() -> list[str]:
+    """Commands on Ray clusters, in blocks and where lines begin with them, one line each."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    _, mark, rest = readme.partition("\n## On a GPU cluster\n")
+    assert mark
+    page = (REPOSITORY / "docs" / "ray-cluster.md").read_text(encoding="utf-8")
+    text = (rest.partition("\n## ")[0] + page).replace("\\\n", "")
+    blocks = re.findall(
+        r"^\$ (?:RAY_ADDRESS=\S+ )?((?:babelray|make launch) .*)", text, re.MULTILINE
+    )
+    spans = re.findall(r"^(?:\| |)`(babelray [^`]+|make launch [^`]+)`", text, re.MULTILINE)
+    return [line for line in [*blocks, *spans] if "OVERLAY" not in line]  # Kubernetes' own
+
+
+def test_what_the_documents_tell_to_type(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
+    plain_make = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    commands = documented()
+    assert len({command.split()[1] for command in commands}) >= 6
+    launched = 0
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "make":
+            asked = ["make", "-n", *words[1:]]
+            ran = subprocess.run(asked, capture_output=True, text=True, check=True, env=plain_make)
+            words = shlex.split(ran.stdout.replace("\\\n", "").splitlines()[-1])
+        cli.commands[words[1]].make_context(words[1], words[2:])
+        if words[1] == "launch":
+            launched += 1
+            result = CliRunner().invoke(cli, [*words[1:], "--dry-run"])
+            assert result.exit_code == 0, (command, result.output)
+            assert "--workers" in result.stdout
+    assert launched >= 4
 
 
 def test_lines_of_a_log() -> None:
