@@ -28,6 +28,7 @@ from click.testing import CliRunner
 
 from cluster import session
 from cluster.cli import cli
+from cluster.commands import train
 from cluster.console import JsonConsole, errors_told
 from cluster.launch import jobs_api, ray_address, ray_jobs
 from cluster.launch.job_log import JobLog
@@ -676,6 +677,8 @@ def test_room_for_the_workers() -> None:
     few = check_room(nodes, ["train", "--workers", "16"])
     assert few.outcome == "warning"
     assert few.found == "2 machines with 66 CPUs and 8 GPUs; 16 workers need one GPU each"
+    assert "waits five minutes" in str(few.mend)
+    assert train._PATIENCE_S == 5 * 60
 
 
 def test_every_machine_is_counted(head: Head) -> None:
