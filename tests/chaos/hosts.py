@@ -203,6 +203,8 @@ class Network:
     def nodes(self) -> dict[str, str]:
         """The ids of the nodes that are alive, by address."""
         if self._observer is None or self._observer.poll() is not None:
+            if self._observer is not None:
+                self._observer.communicate()
             # One process for all questions: importing Ray takes longer than any answer.
             self._observer = subprocess.Popen(
                 [*self.hosts[0].launcher, sys.executable, "-c", _OBSERVER, self.address],
