@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from cluster.checks import Check
-from cluster.doctor import all_reduce
+from cluster.doctor import all_reduce, machine
 from cluster.doctor.limits import duration, number
 from cluster.doctor.machine import existing, remove_empty
 from cluster.doctor.sizes import gradient_bytes
@@ -25,6 +25,8 @@ _ANSWER_S = 30.0
 _SHARED_S = 10.0
 _LATE_S = 1.0
 _LARGEST_OFFSET_S = 1.0
+
+_SHOWN = frozenset({"python", "babelray", "torch", "deepspeed", "ray"})
 
 # Ray's own settings of the head, and how long a machine may be silent with them: it is asked again
 # and again, and is dead when it has failed to answer so many times.
@@ -43,6 +45,7 @@ def checks(
     with_all_reduce: bool = True,
     gbits: float | None = None,
     expected: int | None = None,
+    requires: Sequence[str] = (),
     join_s: float = all_reduce.JOIN_S,
 ) -> Iterator[Check]:
     """Connect, compare the machines with each other, and measure an all-reduce.
@@ -53,6 +56,7 @@ def checks(
         with_all_reduce: measure; else only look.
         gbits: of the links between machines, where the user knows better.
         expected: devices that were asked for; waited for a while.
+        requires: packages that every machine must have alike; by default babelray's own.
         join_s: how long to wait for the ranks of a group.
     """
     address = os.environ.get("RAY_ADDRESS", "")
@@ -65,7 +69,10 @@ def checks(
         with connection as session:
             if expected is not None and (missing := await_devices(expected)):
                 yield missing
-            yield from _checks(config, session.dashboard_url, runs, with_all_reduce, gbits, join_s)
+            packages = machine.names(requires or machine.requirements() or ())
+            yield from _checks(
+                config, session.dashboard_url, runs, packages, with_all_reduce, gbits, join_s
+            )
     except UserError as error:
         found, _, mend = str(error).partition(": start it with")
         mend = f"start it with{mend}" if mend else "look at the head's log, or correct RAY_ADDRESS"
@@ -76,6 +83,7 @@ def _checks(
     config: RunConfig,
     dashboard_url: str | None,
     runs: Path,
+    packages: Sequence[str],
     with_all_reduce: bool,
     gbits: float | None,
     join_s: float,
@@ -95,7 +103,7 @@ def _checks(
         yield from silent
         if not actors:
             return
-        facts = _ask(actors, "facts")
+        facts = _ask(actors, "facts", packages)
         yield versions({name: value["versions"] for name, value in facts.items()})
         yield gpus(nodes, {name: value["gpus"] for name, value in facts.items()})
         yield _shared_memory(facts)
@@ -125,7 +133,7 @@ def await_devices(expected: int, patience_s: float = _DEVICES_S) -> Check | None
             return None
         if time.monotonic() > deadline:
             break
-        time.sleep(1)
+        time.sleep(min(1.0, patience_s))
     mend = "see why the other machines do not come (kubectl describe pods, their Ray's log)"
     said = f"{found} of {expected} {kind}s after {patience_s:g} s"
     return Check("workers", "failure", said, mend)
@@ -210,7 +218,7 @@ def authentication(
 def versions(by_machine: Mapping[str, Mapping[str, str | None]]) -> Check:
     """The same Python and packages on every machine."""
     names = sorted({name for found in by_machine.values() for name in found})
-    common: list[str] = []
+    common: list[tuple[str, str]] = []
     wrong: list[str] = []
     for name in names:
         values = {machine: found.get(name) for machine, found in by_machine.items()}
@@ -225,11 +233,13 @@ def versions(by_machine: Mapping[str, Mapping[str, str | None]]) -> Check:
         elif usual is None:
             wrong.append(f"{name} is on no machine")
         else:
-            common.append(f"{name} {usual}")
+            common.append((name, usual))
     mend = "use one image, or one requirements.lock, on all machines"
     if wrong:
         return Check("versions", "failure", "; ".join(wrong), mend)
-    return Check("versions", "ok", f"alike everywhere: {', '.join(common)}")
+    shown = [f"{name} {version}" for name, version in common if name in _SHOWN]
+    shown += [f"{len(common) - len(shown)} more packages"] if len(common) > len(shown) else []
+    return Check("versions", "ok", f"alike everywhere: {', '.join(shown)}")
 
 
 def gpus(nodes: Sequence[Mapping[str, Any]], names: Mapping[str, Sequence[str]]) -> Check:

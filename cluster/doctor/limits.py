@@ -10,6 +10,9 @@ from cluster.checks import Check
 
 _Result = TypeVar("_Result")
 
+# Whoever sends SIGTERM may send SIGKILL soon: Ray after three seconds.
+_INTERRUPTED_S = 1.0
+
 _INDENT = " " * 11 + "-> "
 
 
@@ -33,11 +36,17 @@ def limited(seconds: float, call: Callable[[], _Result]) -> _Result:
             result.append(call())
         except BaseException as error:
             raised.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=work, name="doctor", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    done = threading.Event()  # Python 3.11 takes a thread for ended whose join was interrupted
+    threading.Thread(target=work, name="doctor", daemon=True).start()
+    try:
+        done.wait(seconds)
+    except BaseException:  # interrupted: what it writes now should be removed, too
+        done.wait(_INTERRUPTED_S)
+        raise
+    if not done.is_set():
         raise TimedOutError
     if raised:
         raise raised[0]

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -47,11 +47,17 @@ _SOCKET_BYTES, _SOCKET_TAIL = (
 )
 
 
-def checks(config: RunConfig, *, runs: Path) -> Iterator[Check]:
-    """All of this machine; takes a moment, changes nothing."""
+def checks(config: RunConfig, *, runs: Path, requires: Sequence[str] = ()) -> Iterator[Check]:
+    """All of this machine; takes a moment, changes nothing.
+
+    Args:
+        config: for the folders and ports.
+        runs: the folder of runs.
+        requires: packages that babelray needs, where its code came without them.
+    """
     yield system()
     yield python_version(sys.version_info[:3])
-    yield packages(_CHECKOUT / "requirements.lock")
+    yield packages(_CHECKOUT / "requirements.lock", requires)
     yield cores()
     yield memory()
     yield shared_memory(Path("/dev/shm"), num_gpus=num_gpus())  # noqa: S108
@@ -87,15 +93,16 @@ def python_version(version: tuple[int, ...]) -> Check:
     return Check("Python", "ok", found)
 
 
-def packages(lock: Path) -> Check:
+def packages(lock: Path, requires: Sequence[str] = ()) -> Check:
     """Installed packages against what babelray requires, and against the lock file if it is here.
 
     Args:
         lock: lines ``name==version``; may be missing, as in an image.
+        requires: what whoever sent the code requires; it comes before what is known here.
     """
     from packaging.requirements import Requirement
 
-    wanted = _requirements()
+    wanted = list(requires) or requirements()
     if wanted is None:
         return Check("packages", "ok", "not compared: babelray's own code came with the job")
     absent, outside, total = [], [], 0
@@ -133,7 +140,8 @@ def packages(lock: Path) -> Check:
     return Check("packages", "ok", f"{total} as required, all as in {lock.name}")
 
 
-def _requirements() -> list[str] | None:
+def requirements() -> list[str] | None:
+    """What babelray requires, as pip reads it; None where only its code is."""
     try:
         required = metadata.requires("babelray")
     except metadata.PackageNotFoundError:
@@ -143,7 +151,15 @@ def _requirements() -> list[str] | None:
             return None  # code that was sent to a cluster
         project = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())["project"]
         required = list(project["dependencies"])
-    return required
+    return [text for text in required if "extra ==" not in text]
+
+
+def names(requires: Sequence[str]) -> list[str]:
+    """Of the packages that these requirements want here."""
+    from packaging.requirements import Requirement
+
+    wanted = map(Requirement, requires)
+    return [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
 def _installed(name: str) -> str | None:

@@ -24,8 +24,8 @@ class Node:
         """The machine's time, Unix seconds."""
         return time.time()
 
-    def facts(self) -> dict[str, Any]:
-        """Versions, links, shared memory; keys as below."""
+    def facts(self, packages: Sequence[str] = ()) -> dict[str, Any]:
+        """Versions, also those of ``packages``, GPUs, shared memory; keys as below."""
         import shutil
         import sys
         from importlib import metadata, util
@@ -33,7 +33,7 @@ class Node:
         import ray
 
         versions: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:3]))}
-        for package in _PACKAGES:
+        for package in {*_PACKAGES, *packages}:
             try:
                 versions[package] = metadata.version(package)
             except metadata.PackageNotFoundError:

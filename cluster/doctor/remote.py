@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,7 +14,7 @@ from cluster.checks import Check, failures
 from data_shards.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.launch.target import Submission, Target
+    from cluster.launch.target import Job, Submission, Target
     from trainer.config import RunConfig
 
 RUN = "doctor"
@@ -23,6 +26,10 @@ _TITLES = {"This machine": "The cluster's head"}
 # Of a job that told nothing, as much of its log is shown.
 _LAST_LINES = 5
 
+# A cancelled job is waited for so long: what it made for trial goes, and the next may begin.
+_END_S = 20.0
+_POLL_S = 0.25
+
 
 def submission(
     target: Target,
@@ -33,6 +40,7 @@ def submission(
     gbits: float | None,
 ) -> Submission:
     """What runs there: the doctor, with the folders of the cluster."""
+    from cluster.doctor import machine
     from cluster.launch.order import runs_there
     from cluster.launch.target import Submission
 
@@ -46,6 +54,9 @@ def submission(
     workers = target.workers()
     if workers is not None:  # "2", or "1:4", whose least must be there
         arguments += ["--expect", workers.partition(":")[0]]
+    if target.place.kind == "ray":  # the code comes with the job; an image has its packages
+        for text in machine.requirements() or ():
+            arguments += ["--requires", text]
     return Submission(RUN, "doctor", tuple(arguments), config_text)
 
 
@@ -67,6 +78,10 @@ def job_checks(
     told = False
     last: list[str] = []
     try:
+        before = target.find(job.run, job.kind)
+        if before is not None and not before.is_over:
+            yield "Cluster", _goes_on(target, before)
+            return
         submitted = target.submit(job)
         say(f"looking at it from inside: {submitted.id} on {target.describe()}")
         ended = False
@@ -92,9 +107,41 @@ def job_checks(
                             yield "Cluster", Check("job", "failure", found_, mend)
         finally:
             if not ended:
-                target.cancel(submitted)
+                say(f"ending {submitted.id}")
+                _end(target, submitted)
     except UserError as error:
         yield "Cluster", _refused(error)
+
+
+def _end(target: Target, job: Job) -> None:
+    """Cancel a job and wait until it is over; whoever is in a hurry interrupts again."""
+    target.cancel(job)
+    deadline = time.monotonic() + _END_S
+    with suppress(UserError):  # it was asked to end, and will
+        while time.monotonic() < deadline:
+            now = target.find(job.run, job.kind)
+            if now is None or now.id != job.id or now.is_over:
+                return
+            time.sleep(_POLL_S)
+
+
+def _goes_on(target: Target, job: Job) -> Check:
+    """Another doctor is at work there, or was left behind by one that was killed."""
+    facts = dict(job.facts)
+    by = f", submitted by {facts['submitted by']}" if "submitted by" in facts else ""
+    at = f" at {facts['submitted at']}" if "submitted at" in facts else ""
+    place = target.place
+    if place.kind == "ray":
+        from cluster.launch.jobs_api import without_password
+
+        end = f"ray job stop --address {without_password(place.address or '')} {job.id}"
+    else:
+        where = [f"--context {place.context}"] if place.context else []
+        where += [f"--namespace {place.namespace}"] if place.namespace else []
+        end = " ".join(["kubectl", *where, "delete rayjob", job.id])
+    found = f"a doctor is at work there already: its job {job.id} is {job.phase}{by}{at}"
+    mend = f"try again when it is over, in a few minutes; if nobody waits for it, end it: {end}"
+    return Check("job", "failure", found, mend)
 
 
 def _refused(error: UserError) -> Check:
@@ -123,6 +170,16 @@ def may_go_on(found: list[tuple[str, Check]]) -> bool:
     return not failures(check for _, check in found)
 
 
-def is_target(address: str) -> bool:
-    """Whether RAY_ADDRESS names a cluster that only takes jobs: by its dashboard's URL."""
-    return address.startswith(("http://", "https://"))
+def goes_as_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launch would go to Kubernetes, or to the dashboard of a Ray cluster.
+
+    Else the cluster's own address is given, and this machine is one of its own.
+    """
+    from cluster.launch import ray_address
+
+    address = ray_address.given(environment)
+    if address is None or address != environment.get("RAY_ADDRESS"):
+        return True  # RAY_API_SERVER_ADDRESS is nothing but a dashboard's
+    if "://" in address:
+        return address.startswith(("http://", "https://"))
+    return ray_address.is_dashboard(address)

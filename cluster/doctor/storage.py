@@ -28,6 +28,7 @@ from trainer.storage import PIECE_BYTES, FileWriter, Storage, StorageError
 _PATIENCE_S = 30.0
 _MOST_BYTES = 64_000_000
 _LONGEST_WRITE_S = 3.0
+_REMOVALS, _POLL_S = 3, 0.1
 _SLOW_SYNC_S = 0.1
 # A checkpoint that takes longer to write than this is in training's way, or is lost with a machine
 # that gives half a minute's notice.
@@ -122,10 +123,19 @@ def _checks(
         raise
     finally:
         if answers:
-            with suppress(StorageError, TimedOutError):
-                limited(_PATIENCE_S, lambda: storage.remove(trial))
+            _remove(storage, trial)
         if not there and folder is not None and made_from is not None:
             remove_empty(folder, above=made_from)
+
+
+def _remove(storage: Storage, trial: str) -> None:
+    """With what a call that was interrupted may still be writing."""
+    for _ in range(_REMOVALS):
+        with suppress(StorageError, TimedOutError):
+            limited(_PATIENCE_S, lambda: storage.remove(trial))
+            if storage.folder is None or not (storage.folder / trial).exists():
+                return
+        time.sleep(_POLL_S)
 
 
 def _round_trip(name: str, storage: Storage, trial: str) -> Check:

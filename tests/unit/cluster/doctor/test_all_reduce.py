@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.doctor import links, node
-from cluster.doctor.all_reduce import Measured, blame, gradients, judge, slow_machines
+from cluster.doctor.all_reduce import Measured, blame, gradients, judge, rounds, slow_machines
 from cluster.doctor.links import Link
 
 _NO_LINKS: dict[str, Any] = {"name": "eth0", "gbits": None, "physical": False, "infiniband": []}
@@ -126,6 +127,17 @@ def test_the_slow_machine_is_found() -> None:
     assert slow_machines(dict.fromkeys(ring, 1e9)).outcome == "ok"
     check = slow_machines({pair: 1e8 if pair == ("b", "c") else 1e9 for pair in ring})
     assert "slow between b and c" in check.found
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 64])
+def test_pairs_of_many_machines_take_no_more_rounds_than_those_of_three(count: int) -> None:
+    names = [f"m{index}" for index in range(count)]
+    found = rounds(names)
+    assert len(found) == 2 + count % 2
+    assert sorted(chain(*found)) == sorted(zip(names, names[1:] + names[:1], strict=True))
+    for pairs in found:
+        machines = [name for pair in pairs for name in pair]
+        assert len(machines) == len(set(machines))
 
 
 def test_who_did_not_join_is_told() -> None:

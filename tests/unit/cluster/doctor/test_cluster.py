@@ -25,6 +25,11 @@ def test_versions_that_differ_are_named() -> None:
     check = cluster.versions({"a": same, "b": same, "c": {**same, "babelray": None}})
     assert check.outcome == "failure"
     assert check.found == "babelray: c has none; others have 0.1.0"
+    many = {**same, "click": "8.1", "rich": "14.0"}
+    check = cluster.versions({"a": many, "b": many})
+    assert check.found == "alike everywhere: babelray 0.1.0, ray 2.60.0, 2 more packages"
+    check = cluster.versions({"a": many, "b": {**many, "rich": None}, "c": many})
+    assert check.found == "rich: b has none; others have 14.0"
     assert "is on no machine" in cluster.versions({"a": {"babelray": None}}).found
 
 

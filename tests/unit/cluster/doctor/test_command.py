@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
@@ -14,6 +21,11 @@ from cluster.checks import Check
 from cluster.commands.doctor import doctor
 from cluster.doctor import limits, machine, remote, software
 from data_shards.errors import UserError
+from tests.workplace import REPOSITORY
+
+if TYPE_CHECKING:
+    from cluster.launch.target import Submission, Target
+    from trainer.config import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +95,73 @@ def test_options_of_the_cluster_alone_are_refused() -> None:
     result = invoke("--overlay", "gpu")
     assert result.exit_code == 2
     assert "--overlay is for --cluster" in result.output
+    for option in ("--nodes", "--gpus", "--storage", "--component", "--link-gbits"):
+        assert f"{option} is for --cluster" in invoke(option, "2").output
+
+
+def test_the_folders_of_a_cluster_are_named_by_its_storage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    result = invoke("--cluster", "--runs", "elsewhere")
+    assert result.exit_code == 2
+    assert "--storage names" in result.output
+
+    def submission(target: Target, config: RunConfig, text: str, **_: object) -> Submission:
+        assert target.storage == "/mnt/shared"
+        raise UserError("that is all")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "submission", submission)
+        assert str(invoke("--cluster", "--storage", "/mnt/shared").exception) == "that is all"
+    # From one of its machines the folders are looked at as they are here.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    quick = ("--set", "trainer.metrics_port=0", "--set", "data.embedded_pairs=1000")
+    result = invoke("--cluster", "--storage", str(tmp_path / "shared"), *quick)
+    assert f"{tmp_path}/shared/runs" in result.output
+    assert f"{tmp_path}/shared/data" in result.output
+
+
+# The storage's part of the command, at work for long when its largest file is written.
+_SLOW = """
+import time
+from cluster.commands.doctor import doctor
+from cluster.doctor import data, machine, software, storage
+
+class NoProbe:
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *_: None
+    findings = lambda self: ([], None)
+
+def put(*arguments):
+    first(*arguments)
+    print("written", flush=True)
+    time.sleep(0.5)
+    return 1.0
+
+first, storage._timed_put, software.Probe = storage._timed_put, put, NoProbe
+machine.checks = data.checks = lambda *_, **__: ()
+doctor(["--runs", "runs"], standalone_mode=False)
+"""
+
+
+def test_whoever_ends_it_finds_nothing_left_behind(tmp_path: Path) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-c", _SLOW],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert command.stdout is not None
+    while (line := command.stdout.readline()) and line != "written\n":
+        pass
+    assert list(tmp_path.glob("runs/.doctor-*"))
+    command.send_signal(signal.SIGTERM)
+    command.communicate(timeout=20)
+    assert command.returncode != 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_of_kubernetes_are_refused_for_a_ray_cluster(
@@ -121,6 +200,15 @@ def test_numbers(value: float, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert limits.duration(seconds) == text
+
+
+def test_what_was_begun_may_end_when_we_are_interrupted() -> None:
+    done: list[bool] = []
+    main = threading.get_ident()
+    threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        limits.limited(5, lambda: (time.sleep(0.4), done.append(True)))
+    assert done == [True]
 
 
 def test_what_fails_in_time_is_raised() -> None:

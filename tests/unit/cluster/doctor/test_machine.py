@@ -62,7 +62,7 @@ def test_a_package_that_is_absent_or_too_old(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wanted = ["never-installed>=1", "click>=900", "ray[default]; python_version < '3'"]
-    monkeypatch.setattr(machine, "_requirements", lambda: wanted)
+    monkeypatch.setattr(machine, "requirements", lambda: wanted)
     check = machine.packages(tmp_path / "none")
     assert check.outcome == "failure"
     assert check.found.startswith("missing: never-installed; other versions: click ")
@@ -79,6 +79,17 @@ def test_code_that_was_sent_without_its_project(
     monkeypatch.setattr(machine, "_CHECKOUT", tmp_path)
     check = machine.packages(tmp_path / "none")
     assert (check.outcome, "came with the job" in check.found) == ("ok", True)
+    # Whoever sent it has told what it requires.
+    check = machine.packages(tmp_path / "none", ["click>=900", "never-installed; extra == 'dev'"])
+    assert check.outcome == "failure"
+    assert check.found.startswith("other versions: click ")
+
+
+def test_what_is_required_for_development_alone_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    required = ["click>=8.1", 'pytest>=8; extra == "dev"']
+    monkeypatch.setattr(metadata, "requires", lambda name: required)
+    assert machine.requirements() == ["click>=8.1"]
+    assert machine.names(["ray[data]==2.60.0", "old; python_version < '3'"]) == ["ray"]
 
 
 def test_threads_beyond_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

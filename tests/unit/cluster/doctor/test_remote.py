@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from cluster.checks import Check
 from cluster.doctor import remote
+from cluster.launch import ray_address
 from cluster.launch.target import Ended, Job, LogLine, Phase, Place, Submission, Update, Waiting
 from data_shards.errors import UserError
 from trainer.config import load_config
 
+_GOING = Job("doctor", "doctor", "doctor", "running", facts=(("submitted by", "ada"),))
 _GOOD = Check("GPUs", "ok", "16 on 2 machines")
 
 
 class FakeTarget:
     """Only what the doctor asks of a ``Target``."""
 
-    place = Place("kubernetes", "/mnt/babelray")
+    place = Place("kubernetes", "/mnt/babelray", namespace="ada")
     storage = "/mnt/babelray"
 
     def __init__(self, lines: list[str], *, phase: Phase = "succeeded", **more: Any) -> None:
         self.lines, self.phase, self.more = lines, phase, more
         self.cancelled: list[str] = []
+        self.found: list[Job | None] = more.get("found", [])
 
     def describe(self) -> str:
         return "a cluster"
@@ -40,6 +44,10 @@ class FakeTarget:
         if error := self.more.get("error"):
             raise error
         return Job(submission.run, submission.kind, "doctor", "starting")
+
+    def find(self, run: str, kind: str) -> Job | None:
+        assert (run, kind) == ("doctor", "doctor")
+        return self.found.pop(0) if self.found else None
 
     def follow(self, job: Job) -> Iterator[Update]:
         yield Waiting("2 pods pending")
@@ -81,8 +89,38 @@ def test_whoever_stops_listening_ends_the_job() -> None:
     target: Any = FakeTarget([remote.to_line("Cluster", _GOOD)] * 3)
     listening = remote.job_checks(target, Submission("doctor", "doctor", ()), say=lambda _: None)
     next(listening)
+    over = Job("doctor", "doctor", "doctor", "stopped")
+    target.found = [_GOING, _GOING, over, _GOING]
     listening.close()  # type: ignore[attr-defined]
     assert target.cancelled == ["doctor"]
+    assert target.found == [_GOING], "its end is waited for, and no longer"
+
+
+def test_whoever_waits_no_longer_leaves_a_job_that_does_not_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "_END_S", 0.2)
+    monkeypatch.setattr(remote, "_POLL_S", 0.1)
+    target: Any = FakeTarget([remote.to_line("Cluster", _GOOD)] * 3)
+    listening = remote.job_checks(target, Submission("doctor", "doctor", ()), say=lambda _: None)
+    next(listening)
+    target.found = [_GOING] * 20
+    listening.close()  # type: ignore[attr-defined]
+    assert 10 < len(target.found) < 20
+
+
+def test_a_second_doctor_is_told_how_to_end_the_first() -> None:
+    target: Any = FakeTarget([], found=[_GOING])
+    [(_, check)], _ = run(target)
+    assert check.outcome == "failure"
+    assert check.found.endswith("its job doctor is running, submitted by ada")
+    assert (check.mend or "").endswith("end it: kubectl --namespace ada delete rayjob doctor")
+    target = FakeTarget([], found=[_GOING])
+    target.place = Place("ray", "/mnt", address="http://ada:secret@head:8265")
+    [(_, check)], _ = run(target)
+    assert (check.mend or "").endswith("ray job stop --address http://head:8265 doctor")
+    over = Job("doctor", "doctor", "doctor", "failed")
+    assert "told nothing" in run(FakeTarget([], found=[over]))[0][0][1].found
 
 
 def test_the_preflight_is_told_as_checks() -> None:
@@ -101,5 +139,31 @@ def test_what_is_submitted(given: bool) -> None:
     arguments = " ".join(job.arguments)
     assert arguments.startswith("doctor --on-cluster --json --runs /mnt/babelray/runs")
     assert ("--set data.root=/mnt/babelray/data" in arguments) is not given
-    assert arguments.endswith("--no-all-reduce --link-gbits 200 --expect 2")
+    assert arguments.endswith("--no-all-reduce --link-gbits 200 --expect 2"), "as in the image"
     assert job.kind == "doctor"
+    target.place = Place("ray", "/mnt/babelray", address="http://head:8265")
+    job = remote.submission(target, config, "{}", with_all_reduce=True, gbits=None)
+    requires = [text for name, text in pairwise(job.arguments) if name == "--requires"]
+    assert any(text.startswith("torch") for text in requires)
+    assert not [text for text in requires if "extra" in text]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"RAY_ADDRESS": "local"}, True),
+        ({"RAY_ADDRESS": "http://head:8265"}, True),
+        ({"RAY_ADDRESS": "auto"}, False),
+        ({"RAY_ADDRESS": "ray://head:10001"}, False),
+        ({"RAY_ADDRESS": "head:8265"}, True),
+        ({"RAY_ADDRESS": "head:6379"}, False),
+        ({"RAY_ADDRESS": "head:6379", "RAY_API_SERVER_ADDRESS": "http://head:8265"}, True),
+        ({"RAY_ADDRESS": "head:6379", "RAY_API_SERVER_ADDRESS": "local"}, False),
+    ],
+)
+def test_where_the_doctor_goes_as_a_job(
+    environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_address, "is_dashboard", lambda address: address.endswith(":8265"))
+    assert remote.goes_as_job(environment) is expected
