@@ -204,10 +204,15 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_what_was_begun_may_end_when_we_are_interrupted() -> None:
     done: list[bool] = []
+
+    def work() -> None:
+        time.sleep(0.4)
+        done.append(True)
+
     main = threading.get_ident()
     threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        limits.limited(5, lambda: (time.sleep(0.4), done.append(True)))
+        limits.limited(5, work)
     assert done == [True]
 
 
