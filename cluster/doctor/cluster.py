@@ -74,9 +74,8 @@ def checks(
                 config, session.dashboard_url, runs, packages, with_all_reduce, gbits, join_s
             )
     except UserError as error:
-        found, _, mend = str(error).partition(": start it with")
-        mend = f"start it with{mend}" if mend else "look at the head's log, or correct RAY_ADDRESS"
-        yield Check("Ray cluster", "failure", found or address, mend)
+        found, _, mend = str(error).rpartition(": ")
+        yield Check("Ray cluster", "failure", found or mend, mend if found else None)
 
 
 def _checks(

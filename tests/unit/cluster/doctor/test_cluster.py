@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from cluster.doctor import cluster
 from cluster.doctor.sizes import checkpoint_bytes, num_parameters
+from cluster.launch.jobs_api import token_problem
 from model.config import ModelConfig
 from trainer.config import load_config
 
@@ -95,6 +97,21 @@ def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert check.outcome == "failure"
     assert check.found.startswith("no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1")
     assert (check.mend or "").startswith("start it with ray start --head")
+
+
+def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(**_: object) -> NoReturn:
+        error = AuthenticationError("InvalidAuthToken: it is missing")
+        raise token_problem(error) or AssertionError
+
+    class AuthenticationError(Exception):
+        pass
+
+    monkeypatch.setattr(cluster, "connect", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    [check] = cluster.checks(load_config(None), runs=tmp_path)
+    assert check.found == "the Ray cluster asks for a token, or another one"
+    assert (check.mend or "").startswith("export RAY_AUTH_MODE=token")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from cluster.checks import Check
 from cluster.doctor import remote
 from cluster.launch import ray_address
+from cluster.launch.ray_checks import check_room
 from cluster.launch.target import Ended, Job, LogLine, Phase, Place, Submission, Update, Waiting
 from data_shards.errors import UserError
 from trainer.config import load_config
@@ -146,6 +147,13 @@ def test_what_is_submitted(given: bool) -> None:
     requires = [text for name, text in pairwise(job.arguments) if name == "--requires"]
     assert any(text.startswith("torch") for text in requires)
     assert not [text for text in requires if "extra" in text]
+
+
+def test_room_is_looked_for_as_the_job_will_expect_it() -> None:
+    nodes = [{"resources_total": {"CPU": 8.0, "GPU": 1.0}}] * 2
+    assert check_room(nodes, ("doctor", "--expect", "2")).outcome == "ok"
+    check = check_room(nodes, ("doctor", "--on-cluster", "--expect", "128"))
+    assert (check.outcome, "128 workers" in check.found) == ("warning", True)
 
 
 @pytest.mark.parametrize(
