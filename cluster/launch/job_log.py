@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+
+_RAYS_OWN = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t[A-Z]+ ")
 
 
 class JobLog:
     """What was read of the log of the job ``id``.
 
-    Ray writes lines of its own until the job's command begins; they are left out.
+    Ray writes lines of its own until the job's command begins; they are left out. That it has begun
+    Ray notes only afterwards, so that a quick command's first lines may come before that.
 
     Attributes:
         has_begun: the job's command has.
@@ -19,6 +23,7 @@ class JobLog:
         self._num_read = 0  # characters, since the beginning
         self._num_to_skip = 0  # that come again
         self._unfinished = ""
+        self._early: list[str] = []
         self.has_begun = False
 
     def cut(self) -> None:
@@ -37,6 +42,9 @@ class JobLog:
                 yield line.removesuffix("\r")
             elif line.startswith(self._mark):
                 self.has_begun = True
+                yield from self._early
+            elif not _RAYS_OWN.match(line):
+                self._early.append(line.removesuffix("\r"))
 
     def read_all(self, text: str) -> Iterator[str]:
         """The new lines of ``text``, the whole log so far."""

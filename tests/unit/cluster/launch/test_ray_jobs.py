@@ -230,9 +230,12 @@ def target_at(address: str) -> RayJobsTarget:
     return RayJobsTarget(Place("ray", "/shared", address=address))
 
 
+RAYS = "2026-11-23 04:59:56,056\tINFO job_manager.py:581 -- Runtime env is setting up."
+
+
 def wrote(job: str, text: str) -> str:
     """A job's log as Ray has it: its own lines come first."""
-    return f"INFO Runtime env is setting up.\nRunning entrypoint for job {job}: python\n{text}"
+    return f"{RAYS}\nRunning entrypoint for job {job}: python\n{text}"
 
 
 # --- handing a job over
@@ -900,9 +903,12 @@ def test_what_the_documents_tell_to_type(head: Head, monkeypatch: pytest.MonkeyP
 
 def test_lines_of_a_log() -> None:
     log = JobLog("j")
-    assert list(log.read("before\nRunning entrypoint for job j: x\na\r\nb")) == ["a"]
+    assert list(log.read(f"{RAYS}\nRunning entrypoint for job j: x\na\r\nb")) == ["a"]
     log.cut()
-    assert list(log.read("before\nRunning entrypoint")) == []
+    assert list(log.read(f"{RAYS}\nRunning entrypoint")) == []
     assert list(log.read(" for job j: x\na\r\nbc\n\nd")) == ["bc", ""]
     assert list(log.rest()) == ["d"]
     assert list(log.rest()) == []
+    log = JobLog("j")
+    assert list(log.read(f"{RAYS}\nsh: x: not found\n")) == []
+    assert list(log.read("Running entrypoint for job j: x\n")) == ["sh: x: not found"]
