@@ -237,7 +237,8 @@ def versions(by_machine: Mapping[str, Mapping[str, str | None]]) -> Check:
     if wrong:
         return Check("versions", "failure", "; ".join(wrong), mend)
     shown = [f"{name} {version}" for name, version in common if name in _SHOWN]
-    shown += [f"{len(common) - len(shown)} more packages"] if len(common) > len(shown) else []
+    if more := len(common) - len(shown):
+        shown.append(f"{more} more package{'s' * (more > 1)}")
     return Check("versions", "ok", f"alike everywhere: {', '.join(shown)}")
 
 

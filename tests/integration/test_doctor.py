@@ -98,6 +98,7 @@ def test_a_cluster_of_one_machine_and_a_rank_that_does_not_join(tmp_path: Path) 
     assert list(whole)[: len(names)] == names
     [within] = [check for name, check in whole.items() if name.startswith("within ")]
     assert within.found.startswith(("2 ranks, ", "4 ranks, "))
+    assert whole["versions"].found.endswith(", 1 more package"), "the one that was asked for"
     assert "B/s on the bus" in within.found
     assert "of the configured model over" in whole["gradients"].found
     waiting = found["waiting", "workers"]
