@@ -8,15 +8,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.hints import runs_flag
+from cluster.interrupts import ended_by_signals
 from cluster.options import print_json, runs_option, say
 from data_shards.errors import RunFailedError, UserError
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from cluster.launch.records import Record
 
 _POLL_S = 0.5
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _GET_PROMETHEUS = (
     "Prometheus is not installed: apt install prometheus (and systemctl disable --now prometheus, "
@@ -156,7 +154,7 @@ def _show_there(record: Record, *, as_json: bool) -> None:
     from cluster.launch.records import open_target
 
     target = open_target(record.place)
-    with _ended_by_signals(), target.dashboard(record.run) as url:
+    with ended_by_signals(), target.dashboard(record.run) as url:
         if as_json:
             print_json({"name": record.run, "dashboard_url": url})
         else:
@@ -240,7 +238,7 @@ def _start(programs: tuple[_Program, _Program], runs: Path, environment: dict[st
         for name, value in environment.items():
             say(f"  export {name}={value}  (before ray start --head)")
     started: list[subprocess.Popen[bytes]] = []
-    with _ended_by_signals():
+    with ended_by_signals():
         try:
             for server in servers:
                 started.append(watching.start(server))
@@ -255,18 +253,3 @@ def _start(programs: tuple[_Program, _Program], runs: Path, environment: dict[st
             watching.stop(started)
     if started:
         raise RunFailedError(f"one of them has ended by itself: see the logs in {folder}")
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """What a terminal or a supervisor sends at the end is as good as Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in _ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from cluster.interrupts import ended_by_signals
 from cluster.options import (
     config_option,
     json_option,
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
     Findings = Generator[tuple[str, Check], None, None]
-
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @click.command()
@@ -116,7 +113,7 @@ def doctor(
     counts = {"ok": 0, "warning": 0, "failure": 0}
     told: list[dict[str, Any]] = []
     title = ""
-    with _ended_by_signals(), closing(findings):  # however it ends, nothing is left behind
+    with ended_by_signals(), closing(findings):  # however it ends, nothing is left behind
         for section, check in findings:
             counts[check.outcome] += 1
             told.append({"section": section, **asdict(check)})
@@ -135,24 +132,6 @@ def doctor(
         click.echo(f"\n{limits.summary(counts)}")
     if counts["failure"]:
         raise click.exceptions.Exit(1)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """What a supervisor sends at the end is as good as Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in _ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _in_storage(config: RunConfig, storage: Path) -> RunConfig:
