@@ -879,7 +879,9 @@ def documented() -> list[str]:
     return [line for line in [*blocks, *spans] if "OVERLAY" not in line]  # Kubernetes' own
 
 
-def test_what_the_documents_tell_to_type(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_documents_tell_to_type(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("RAY_ADDRESS", head.address)
     plain_make = {name: value for name, value in os.environ.items() if "MAKE" not in name}
@@ -895,7 +897,9 @@ def test_what_the_documents_tell_to_type(head: Head, monkeypatch: pytest.MonkeyP
         cli.commands[words[1]].make_context(words[1], words[2:])
         if words[1] == "launch":
             launched += 1
-            result = CliRunner().invoke(cli, [*words[1:], "--dry-run"])
+            # The checkout's own folder of runs may hold a run of that name.
+            arguments = [*words[1:], "--dry-run", "--runs", str(tmp_path)]
+            result = CliRunner().invoke(cli, arguments)
             assert result.exit_code == 0, (command, result.output)
             assert "--workers" in result.stdout
     assert launched >= 4
