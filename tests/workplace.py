@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,18 @@ class Command:
 
 
 @dataclass
-class Workplace:
-    """A folder with a small configuration, and the commands started there."""
+class Commands:
+    """Commands that are started in a test, each with its output in a file of ``folder``."""
 
     folder: Path
-    commands: list[Command]
+    started: list[Command] = field(default_factory=list)
 
-    def train(self, *arguments: object) -> Command:
-        output = self.folder / f"output-{len(self.commands)}.txt"
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    def start(self, words: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) -> Command:
+        output = self.folder / f"output-{len(self.started)}.txt"
         with output.open("w") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "train", *map(str, arguments)],
-                cwd=self.folder,
+                words,
+                cwd=cwd,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
@@ -66,9 +66,30 @@ class Workplace:
                 text=True,
                 start_new_session=True,
             )
-        command = Command(process, output)
-        self.commands.append(command)
-        return command
+        self.started.append(Command(process, output))
+        return self.started[-1]
+
+    def kill_left(self) -> None:
+        """End what still runs, with all that it has started."""
+        for command in self.started:
+            if command.process.poll() is None:
+                os.killpg(command.process.pid, signal.SIGKILL)
+                command.process.wait()
+
+
+@dataclass
+class Workplace:
+    """A folder with a small configuration, and the commands started there."""
+
+    folder: Path
+    commands: Commands
+
+    def train(self, *arguments: object) -> Command:
+        return self.commands.start(
+            [sys.executable, "-m", "cluster.cli", "train", *map(str, arguments)],
+            cwd=self.folder,
+            environment={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
 
     def events(self, run: str, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "runs" / run / "events.jsonl"

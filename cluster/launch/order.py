@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
+from cluster.launch.overlays import DEFAULT_OVERLAY
 from cluster.launch.target import Place, Submission, Target
 from data_shards.errors import UserError
 from trainer.config import RunConfig, parse_config, read_values
-
-DEFAULT_OVERLAY = "gpu"
 
 # Where the manifests in k8s/ mount the storage that all pods share.
 POD_STORAGE = "/mnt/babelray"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import yaml
 
 from data_shards.config import DataConfig
 from data_shards.manifest import Manifest
-from tests.workplace import Workplace
+from tests.workplace import Commands, Workplace
 
 
 @pytest.fixture
@@ -36,9 +34,6 @@ def workplace(prepared: tuple[DataConfig, Manifest], tmp_path: Path) -> Iterator
         },
     }
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
-    workplace = Workplace(tmp_path, [])
+    workplace = Workplace(tmp_path, Commands(tmp_path))
     yield workplace
-    for command in workplace.commands:
-        if command.process.poll() is None:
-            os.killpg(command.process.pid, signal.SIGKILL)
-            command.process.wait()
+    workplace.commands.kill_left()

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import pytest
 
 from cluster import session
 from tests.chaos import hosts
-from tests.workplace import REPOSITORY, Command, Workplace
+from tests.workplace import REPOSITORY, Command, Commands, Workplace
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +37,7 @@ class Cluster:
 
     network: hosts.Network
     folder: Path
-    commands: list[Command] = field(default_factory=list)
+    commands: Commands
 
     @property
     def client(self) -> hosts.Host:
@@ -51,25 +49,16 @@ class Cluster:
 
     def start(self, *arguments: object, address: str | None = None, **environment: str) -> Command:
         """Begin a command on the client, which shares only the storage with the cluster."""
-        output = self.folder / f"output-{len(self.commands)}.txt"
-        with output.open("w") as stream:
-            process = subprocess.Popen(
-                [*self.client.launcher, sys.executable, "-m", "cluster.cli", *map(str, arguments)],
-                cwd=self.folder / "client",
-                env={
-                    **_plain_environment(self.folder / "client"),
-                    "PYTHONPATH": str(REPOSITORY),
-                    "RAY_ADDRESS": address or self.api,
-                    **environment,
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        self.commands.append(Command(process, output))
-        return self.commands[-1]
+        return self.commands.start(
+            [*self.client.launcher, sys.executable, "-m", "cluster.cli", *map(str, arguments)],
+            cwd=self.folder / "client",
+            environment={
+                **_plain_environment(self.folder / "client"),
+                "PYTHONPATH": str(REPOSITORY),
+                "RAY_ADDRESS": address or self.api,
+                **environment,
+            },
+        )
 
     def babelray(
         self, *arguments: object, address: str | None = None, **environment: str
@@ -100,14 +89,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment |= {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     with hosts.Network(folder, environment, num_hosts=4, head_cpus=0) as network:
         network.start(*network.hosts[:3])
-        cluster = Cluster(network, folder)
+        cluster = Cluster(network, folder, Commands(folder))
         try:
             yield cluster
         finally:
-            for command in cluster.commands:
-                if command.process.poll() is None:
-                    os.killpg(command.process.pid, signal.SIGKILL)
-                    command.process.wait()
+            cluster.commands.kill_left()
 
 
 def test_a_client_without_the_token_is_refused(cluster: Cluster) -> None:

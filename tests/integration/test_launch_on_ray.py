@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,25 +83,16 @@ class Client:
         return self.workplace.folder / "storage"
 
     def start(self, *arguments: object) -> Command:
-        output = self.workplace.folder / f"output-{len(self.workplace.commands)}.txt"
-        with output.open("w") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
-                cwd=self.workplace.folder,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(REPOSITORY),
-                    "RAY_ADDRESS": self.address,
-                    "RAY_AUTH_MODE": "disabled",
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        self.workplace.commands.append(Command(process, output))
-        return self.workplace.commands[-1]
+        return self.workplace.commands.start(
+            [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
+            cwd=self.workplace.folder,
+            environment={
+                **os.environ,
+                "PYTHONPATH": str(REPOSITORY),
+                "RAY_ADDRESS": self.address,
+                "RAY_AUTH_MODE": "disabled",
+            },
+        )
 
     def babelray(self, *arguments: object) -> tuple[int, str]:
         command = self.start(*arguments)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 
 from cluster import session
 from tests.chaos import hosts
-from tests.workplace import REPOSITORY, Command
+from tests.workplace import REPOSITORY, Command, Commands
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,39 +52,28 @@ class Scene:
 
     network: hosts.Network
     folder: Path
-    commands: list[Command] = field(default_factory=list)
+    commands: Commands
 
     @property
     def head(self) -> hosts.Host:
         return self.network.hosts[0]
 
     def submit(self) -> Command:
-        output = self.folder / f"submitter-{len(self.commands)}.txt"
         entrypoint = f"{sys.executable} {self.folder / 'job.py'} {self.folder}"
-        with output.open("w") as stream:
-            process = subprocess.Popen(
-                [
-                    *self.network.hosts[1].launcher,
-                    *[sys.executable, "-m", "cluster.launch.submitter", entrypoint],
-                ],
-                cwd=self.folder,
-                env={
-                    "PATH": os.environ["PATH"],
-                    "HOME": str(self.folder),
-                    "PYTHONPATH": str(REPOSITORY),
-                    "RAY_AUTH_MODE": "token",
-                    "RAY_AUTH_TOKEN": TOKEN,
-                    "RAY_DASHBOARD_ADDRESS": f"{self.head.address}:8265",
-                    "RAY_JOB_SUBMISSION_ID": "train-demo-x7k2p",
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        self.commands.append(Command(process, output))
-        return self.commands[-1]
+        submitter = [sys.executable, "-m", "cluster.launch.submitter", entrypoint]
+        return self.commands.start(
+            [*self.network.hosts[1].launcher, *submitter],
+            cwd=self.folder,
+            environment={
+                "PATH": os.environ["PATH"],
+                "HOME": str(self.folder),
+                "PYTHONPATH": str(REPOSITORY),
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": TOKEN,
+                "RAY_DASHBOARD_ADDRESS": f"{self.head.address}:8265",
+                "RAY_JOB_SUBMISSION_ID": "train-demo-x7k2p",
+            },
+        )
 
     def starts(self) -> int:
         file = self.folder / "starts"
@@ -110,14 +99,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)} | session._ENVIRONMENT
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     with hosts.Network(folder, environment, num_hosts=2, head_cpus=0) as network:
-        scene = Scene(network, folder)
+        scene = Scene(network, folder, Commands(folder))
         try:
             yield scene
         finally:
-            for command in scene.commands:
-                if command.process.poll() is None:
-                    os.killpg(command.process.pid, signal.SIGKILL)
-                    command.process.wait()
+            scene.commands.kill_left()
 
 
 def test_a_job_outlives_its_streams_its_link_and_its_head(scene: Scene) -> None:

@@ -107,7 +107,9 @@ def test_a_path_of_this_machine_is_refused_for_pods(settings: tuple[str, ...]) -
 
 def test_urls_and_absolute_paths_pass() -> None:
     settings = ("recovery.storage=s3://bucket/x", "data.mirror=https://mirror", "data.dir=/mnt/d")
-    order.read_config(TINY, settings, PODS)
+    config, _ = order.read_config(TINY, settings, PODS)
+    assert config.recovery.storage == "s3://bucket/x"
+    assert config.data.dir == Path("/mnt/d")
 
 
 def test_paths_for_a_shared_file_system_become_absolute(
