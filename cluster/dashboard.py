@@ -6,7 +6,6 @@ loopback interface alone, keeps its files in ``<runs>/.prometheus`` and ends wit
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
@@ -22,7 +21,7 @@ import yaml
 from cluster.dashboard_config import Written, targets_pattern
 from cluster.naming import is_claimed
 from cluster.session import LOOPBACK
-from cluster.status import run_folders, scrape_targets
+from cluster.status import read_session, run_folders, scrape_targets
 from cluster.targets import targets_dir
 from data_shards.errors import RunFailedError, UserError
 
@@ -69,10 +68,7 @@ def live_runs(runs: Path) -> list[LiveRun]:
     for folder in run_folders(runs):
         if not is_claimed(folder):
             continue
-        try:
-            ray = json.loads((folder / "ray.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            ray = {}  # it is only starting
+        ray = read_session(folder)
         found.append(
             LiveRun(
                 folder.name,

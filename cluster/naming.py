@@ -86,6 +86,12 @@ def find_run(run: str, runs: Path) -> Path:
     raise UserError(f"no run {run!r} in {runs}; {hint}")
 
 
+def find_begun_run(run: str, runs: Path) -> Path:
+    """As ``find_run``; a run that is only starting, and has no configuration yet, counts, too."""
+    starting = runs / run
+    return starting if is_claimed(starting) else find_run(run, runs)
+
+
 def open_run(
     config_file: Path | None,
     settings: tuple[str, ...],

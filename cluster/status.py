@@ -130,7 +130,7 @@ def details(run_dir: Path, known: Histories | None = None, *, num_events: int = 
         best_step=_integer(_read_json(run_dir / "best.json").get("step")),
         last_events=told[-num_events:],
         targets=scrape_targets(run_dir),
-        ray=_read_json(run_dir / "ray.json"),
+        ray=read_session(run_dir),
         rank_pids=_rank_pids(run_dir) if stands.is_live else {},
     )
 
@@ -138,6 +138,11 @@ def details(run_dir: Path, known: Histories | None = None, *, num_events: int = 
 def read_failures(run_dir: Path) -> list[Event]:
     """What went wrong and what was done about it, oldest first."""
     return History(logs_dir(run_dir) / "failures.jsonl").read()
+
+
+def read_session(run_dir: Path) -> dict[str, Any]:
+    """Where the run's Ray was last, as ``cluster.train`` notes it; empty while it is starting."""
+    return _read_json(run_dir / "ray.json")
 
 
 def scrape_targets(run_dir: Path) -> list[str]:

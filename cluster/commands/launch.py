@@ -30,6 +30,7 @@ from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from cluster.console import Console
+    from cluster.launch.records import Record
     from cluster.launch.target import Job, Place, Submission, Target
     from trainer.config import RunConfig
 
@@ -115,7 +116,7 @@ def launch(
     console = open_console(log_format)
     with errors_told(console), console:
         console.name(name)
-        job = _launch(target, submission, runs, console, checks=not no_checks)
+        job = _launch(target, submission, before, runs, console, checks=not no_checks)
         over, has_begun = (None, True) if detach else watch(target, job, config, console)
     if before is not None and over is not None and over.phase == "failed" and not has_begun:
         # It may have been refused for what is new in its configuration.
@@ -193,20 +194,20 @@ def resume(
 def _launch(
     target: Target,
     submission: Submission,
+    before: Record | None,
     runs: Path,
     console: Console,
     *,
     checks: bool,
 ) -> Job:
     from cluster.launch.preparation import check
-    from cluster.launch.records import Record, forget, read_record, write_record
+    from cluster.launch.records import Record, forget, write_record
 
     run = submission.run
     console.say(f"launching {run} on {target.describe()}")
     if checks:
         check(target, submission, console.say)
     record = Record(run, target.place, submission.config or "", time.time())
-    before = read_record(run, runs)
     # Before it is handed over: whatever happens then, the run can be found.
     write_record(record, runs)
     try:

@@ -59,6 +59,7 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
 
     from cluster.history import Histories
     from cluster.launch.remote import launched_elsewhere
+    from cluster.naming import find_begun_run
 
     known = Histories()
     record = launched_elsewhere(run, runs) if run is not None else None
@@ -66,7 +67,7 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
     def look() -> tuple[Any, str]:
         if record is not None:
             return _launched_run(record, runs, as_json=as_json)
-        return _all_runs(runs, known) if run is None else _one_run(_resolve(run, runs), known)
+        return _all_runs(runs, known) if run is None else _one_run(find_begun_run(run, runs), known)
 
     if not watch:
         value, text = look()
@@ -80,14 +81,6 @@ def status(run: str | None, runs: Path, watch: bool, as_json: bool) -> None:
             time.sleep(_REFRESH_S if record is None else _REFRESH_THERE_S)
     except KeyboardInterrupt:
         return
-
-
-def _resolve(run: str, runs: Path) -> Path:
-    """The run's folder; one that is starting has no configuration yet."""
-    from cluster.naming import find_run, is_claimed
-
-    starting = runs / run
-    return starting if is_claimed(starting) else find_run(run, runs)
 
 
 def _all_runs(runs: Path, known: Histories) -> tuple[Any, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -41,13 +40,13 @@ def stop(run: str, now: bool, runs: Path) -> None:
       babelray stop base --now
     """
     from cluster.launch.remote import launched_elsewhere
-    from cluster.naming import find_run, is_claimed
+    from cluster.naming import find_begun_run, is_claimed
 
     record = launched_elsewhere(run, runs)
     if record is not None:
         _stop_there(record, runs, now=now)
         return
-    run_dir = runs / run if is_claimed(runs / run) else find_run(run, runs)
+    run_dir = find_begun_run(run, runs)
     if not is_claimed(run_dir):
         raise UserError(f"the run {run_dir.name} is not being trained")
     _end_now(run_dir) if now else _ask(run_dir)
@@ -87,12 +86,10 @@ def _end_now(run_dir: Path) -> None:
         UserError: that command runs on another machine.
     """
     from cluster.naming import is_claimed
+    from cluster.status import read_session
 
-    try:
-        values = json.loads((run_dir / "ray.json").read_text(encoding="utf-8"))
-        pid, host = int(values["pid"]), values["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pid, host = 0, None
+    ray = read_session(run_dir)
+    host = ray.get("host") if isinstance(ray.get("pid"), int) else None
     if host != os.uname().nodename:
         raise UserError(
             f"--now: the command that trains {run_dir.name} runs on "
@@ -100,7 +97,7 @@ def _end_now(run_dir: Path) -> None:
         )
     for _ in range(2):
         if is_claimed(run_dir):  # else the number may be another process's by now
-            os.kill(pid, signal.SIGTERM)
+            os.kill(ray["pid"], signal.SIGTERM)
             time.sleep(2 * _POLL_S)
     while is_claimed(run_dir):
         time.sleep(_POLL_S)

@@ -13,6 +13,7 @@ import yaml
 
 from cluster.launch.overlays import DEFAULT_OVERLAY
 from cluster.launch.target import Place, Submission, Target
+from cluster.options import place_option_names
 from data_shards.errors import UserError
 from trainer.config import RunConfig, parse_config, read_values
 
@@ -74,11 +75,10 @@ def choose_place(
     if before is not None and not address and not given:
         return before  # a Ray cluster, which the record names
     if address:
-        if only := [name for name in given if name not in {"nodes", "gpus"}]:
-            options = ", ".join(f"--{name.replace('components', 'component')}" for name in only)
+        if only := {name: v for name, v in given.items() if name not in {"nodes", "gpus"}}:
             raise UserError(
-                f"{options}: only for Kubernetes, but RAY_ADDRESS names a Ray cluster: leave the "
-                "option out, or unset RAY_ADDRESS"
+                f"{', '.join(place_option_names(only))}: only for Kubernetes, but RAY_ADDRESS "
+                "names a Ray cluster: leave the option out, or unset RAY_ADDRESS"
             )
         return Place("ray", storage or str(Path.cwd()), address=address, nodes=nodes, gpus=gpus)
     return Place("kubernetes", POD_STORAGE, **{"overlay": DEFAULT_OVERLAY, **given})

@@ -70,7 +70,7 @@ def cluster_checks(kubectl: Kubectl, documents: Sequence[Document]) -> Iterator[
         yield check
         if check.outcome == "failure":
             return
-    namespace = kubectl.namespace or _current_namespace(kubectl)
+    namespace = kubectl.settled().namespace or "default"
     looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
         ("namespace", lambda: _namespace(kubectl, namespace, documents)),
         ("rights", lambda: _rights(kubectl, namespace, documents)),
@@ -123,12 +123,6 @@ def _access(kubectl: Kubectl) -> Iterator[Check]:
         return
     where = kubectl.context or "the current context"
     yield Check("cluster", "ok", f"{where} answers, Kubernetes {server.get('gitVersion')}")
-
-
-def _current_namespace(kubectl: Kubectl) -> str:
-    return kubectl.text(
-        "config", "view", "--minify", "--output=jsonpath={..namespace}"
-    ).strip() or ("default")
 
 
 def _namespace(kubectl: Kubectl, name: str, documents: Sequence[Document]) -> Iterator[Check]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from cluster.launch.follow import follow_lines
 from cluster.launch.order import runs_there, without_runs
 from cluster.launch.preparation import check
 from cluster.launch.records import Record, open_target, read_record
-from cluster.launch.target import Job, RemoteCommandError, Submission
+from cluster.launch.target import Job, Place, RemoteCommandError, Submission
+from cluster.status import read_session
 
 
 def launched_elsewhere(run: str, runs: Path) -> Record | None:
@@ -27,15 +27,8 @@ def launched_elsewhere(run: str, runs: Path) -> Record | None:
     if "/" in run:
         return None
     record = read_record(run, runs)
-    return None if record is None or _is_of_here(runs / run) else record
-
-
-def _is_of_here(run_dir: Path) -> bool:
-    """Whether a command on this machine has trained the run with a Ray of its own."""
-    try:
-        return bool(json.loads((run_dir / "ray.json").read_text(encoding="utf-8"))["is_local"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    # A command on this machine may have trained the run since, with a Ray of its own.
+    return None if record is None or read_session(runs / run).get("is_local") else record
 
 
 def relay(
@@ -54,13 +47,17 @@ def relay(
         click.exceptions.Exit: it failed; with its status.
     """
     target = open_target(record.place, runs)
-    folder = runs_there(record.place)
-    there = (command, *without_runs(tuple(arguments)), "--runs", folder)
+    flag_there, flag_here = runs_flag(Path(runs_there(record.place))), runs_flag(runs)
     try:
-        for line in target.run(record.run, there):
-            tell(line.replace(runs_flag(Path(folder)), runs_flag(runs)))
+        for line in target.run(record.run, _as_there(command, arguments, record.place)):
+            tell(line.replace(flag_there, flag_here))
     except RemoteCommandError as error:
         raise click.exceptions.Exit(error.exit_status) from None
+
+
+def _as_there(command: str, arguments: Sequence[str], place: Place) -> tuple[str, ...]:
+    """What was typed here, with the folder of runs there."""
+    return (command, *without_runs(tuple(arguments)), "--runs", runs_there(place))
 
 
 def evaluate_there(
@@ -81,9 +78,8 @@ def evaluate_there(
         The job when it is over; None if the following was interrupted: the job goes on.
     """
     target = open_target(record.place, runs)
-    there = ("evaluate", *without_runs(tuple(arguments)), "--runs", runs_there(record.place))
     say(f"evaluating {record.run} on {target.describe()}")
-    submission = Submission(record.run, "evaluate", there)
+    submission = Submission(record.run, "evaluate", _as_there("evaluate", arguments, record.place))
     check(target, submission, lambda line, level: say(line))
     job = target.submit(submission)
     try:
