@@ -75,7 +75,7 @@ def train_bare(run_dir: Path, meter: Meter) -> None:
     import torch
     from torch import nn
 
-    from model.transformer import build
+    from model.build import build
 
     torch.set_num_threads(1)
     config = run_config(run_dir)
@@ -129,7 +129,7 @@ def train_engine(run_dir: Path, meter: Meter) -> None:
     """The same through DeepSpeed."""
     import torch
 
-    from model.transformer import build
+    from model.build import build
     from trainer.engine import Engine
 
     one_rank(run_dir)

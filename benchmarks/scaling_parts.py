@@ -127,7 +127,7 @@ def dispatch(repeats: int) -> dict[str, float]:
     """
     import torch
 
-    from model.transformer import build
+    from model.build import build
 
     torch.set_num_threads(1)
     config = ModelConfig(preset="base", d_model=16, d_ff=16, num_heads=2)
@@ -196,7 +196,7 @@ def kept_bytes(preset: str) -> float:
     """Bytes that autograd keeps for the backward pass, a target token with its source token."""
     import torch
 
-    from model.transformer import build
+    from model.build import build
 
     model = build(ModelConfig(preset=preset), VOCABULARY).to(torch.bfloat16).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -64,20 +64,28 @@ class Work:
 
 def forward_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:
     """Operations of one forward pass; causal attention counts in full, as it is computed."""
-    d = config.d_model
+    layers = {"transformer": _transformer}[config.kind](config, work)
+    return layers + work.target * 2 * config.d_model * vocab_size
+
+
+def _transformer(config: ModelConfig, work: Work) -> float:
+    d, heads = config.d_model, config.num_heads
+    keys, values = heads * config.key_width, heads * config.value_width
     feed_forward = 2 * 2 * d * config.d_ff
-    projections = 2 * 4 * d * d  # query, key, value, output
-    attention = 2 * 2 * d  # for each query and key: scores, then the weighted sum
-    encoder = work.source * (projections + feed_forward) + work.source_source * attention
+    # Of a query: itself, and the output; of a key: itself and its value.
+    queries, memory = 2 * d * (keys + values), 2 * d * (keys + values)
+    # For each query and key: the score, then the weighted sum.
+    pair = 2 * (keys + values)
+    if config.attention == "general":
+        queries += 2 * keys * config.key_width
+    encoder = work.source * (queries + memory + feed_forward) + work.source_source * pair
     decoder = (
-        # Self-attention, and of cross-attention the query and the output ...
-        work.target * (projections + 2 * 2 * d * d + feed_forward)
-        # ... whose keys and values are projected once a source token.
-        + work.source * 2 * 2 * d * d
-        + (work.target_target + work.source_target) * attention
+        work.target * (queries + memory + queries + feed_forward)
+        # The keys and values of cross-attention are projected once a source token.
+        + work.source * memory
+        + (work.target_target + work.source_target) * pair
     )
-    output = work.target * 2 * d * vocab_size
-    return config.encoder_layers * encoder + config.decoder_layers * decoder + output
+    return config.encoder_layers * encoder + config.decoder_layers * decoder
 
 
 def training_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:

@@ -7,6 +7,7 @@ places of a sentence's cache, L those in use: J for each position so far.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,61 @@ from torch import Tensor
 _GROWTH = 16
 
 
-class DecoderState:
+class DecoderState(Protocol):
+    """What a search asks of the memory of any kind of model."""
+
+    def reorder(self, parents_BJ: Tensor) -> None:
+        """Let hypothesis j of every sentence go on from the past of its ``parents_BJ[:, j]``."""
+
+    def keep(self, vacant: Tensor, movers: Tensor, num_left: int) -> None:
+        """Let sentences leave: ``movers`` take the places ``vacant``, the first ``num_left`` stay.
+
+        Moving few instead of copying all is what lets sentences leave at every step.
+        """
+
+
+class RowState:
+    """Memory of a fixed size for every hypothesis, and what each sentence's source left.
+
+    Attributes:
+        memory: of each sentence, [B, ...] each; the state's own, which it changes in place.
+        memory_mask: additive mask of the source's padding, [B, 1, 1, S], or None.
+        rows: of each hypothesis, [N, ...] each; a model's ``step`` replaces them by new tensors.
+        width: hypotheses a sentence, J.
+        length: positions decoded.
+    """
+
+    def __init__(
+        self,
+        memory: list[Tensor],
+        memory_mask: Tensor | None,
+        rows: list[Tensor],
+        width: int,
+    ) -> None:
+        self.memory, self.memory_mask = memory, memory_mask
+        self.rows = rows
+        self.width = width
+        self.length = 0
+
+    def reorder(self, parents_BJ: Tensor) -> None:
+        """See ``DecoderState``."""
+        if self.width > 1:
+            first_B1 = torch.arange(parents_BJ.size(0), device=parents_BJ.device)[:, None]
+            index_N = (first_B1 * self.width + parents_BJ).flatten()
+            self.rows = [row.index_select(0, index_N) for row in self.rows]
+
+    def keep(self, vacant: Tensor, movers: Tensor, num_left: int) -> None:
+        """See ``DecoderState``."""
+        self.memory = [_moved(part, vacant, movers, num_left) for part in self.memory]
+        if self.memory_mask is not None:
+            self.memory_mask = _moved(self.memory_mask, vacant, movers, num_left)
+        self.rows = [
+            _moved(row.view(-1, self.width, *row.shape[1:]), vacant, movers, num_left).flatten(0, 1)
+            for row in self.rows
+        ]
+
+
+class AttentionState:
     """Keys and values of the source, made once, and those of the target so far.
 
     The target's are never reordered when a beam is: every hypothesis of a sentence sees all places
@@ -65,24 +120,25 @@ class DecoderState:
         return grown
 
     def reorder(self, parents_BJ: Tensor) -> None:
-        """Let hypothesis j of every sentence go on from the past of its ``parents_BJ[:, j]``."""
+        """See ``DecoderState``."""
         if self.width > 1:
             index = parents_BJ[:, None, :, None].expand(-1, -1, -1, self._visible.size(3))
             self._visible = self._visible.gather(2, index)
 
     def keep(self, vacant: Tensor, movers: Tensor, num_left: int) -> None:
-        """Let sentences leave: ``movers`` take the places ``vacant``, the first ``num_left`` stay.
-
-        Moving few instead of copying all is what lets sentences leave at every step.
-        """
+        """See ``DecoderState``."""
 
         def kept(tensor: Tensor) -> Tensor:
-            if movers.numel():
-                tensor.index_copy_(0, vacant, tensor.index_select(0, movers))
-            return tensor[:num_left]
+            return _moved(tensor, vacant, movers, num_left)
 
         self.memory = [(kept(keys), kept(values)) for keys, values in self.memory]
         self.caches = [(kept(keys), kept(values)) for keys, values in self.caches]
         self._visible = kept(self._visible)
         if self.memory_mask is not None:
             self.memory_mask = kept(self.memory_mask)
+
+
+def _moved(tensor: Tensor, vacant: Tensor, movers: Tensor, num_left: int) -> Tensor:
+    if movers.numel():
+        tensor.index_copy_(0, vacant, tensor.index_select(0, movers))
+    return tensor[:num_left]

@@ -1,6 +1,6 @@
-"""The Transformer's layers: embeddings and softmax, positions, feed-forward, residual layers.
+"""The Transformer's layers: positions, feed-forward, residual layers.
 
-Shapes: B batch, L length, S source length, T target length, D d_model, V vocabulary, N targets.
+Shapes: B batch, L length, S source length, T target length, D d_model.
 
 Every parameter is used only inside the forward of the module that owns it: DeepSpeed's ZeRO stage
 3 gathers a parameter when its module is called, and nowhere else.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +19,6 @@ from torch.nn import functional
 from model.attention import MultiHeadAttention
 from model.config import ModelConfig
 from model.dropout import dropout, dropout_add
-from model.loss import fused_projection_loss
-
-
-class VocabularyMatrix(nn.Module):
-    """A matrix [V, D] of one vector a piece: embeds ids, or projects states onto the vocabulary.
-
-    Source: Vaswani et al. 2017, section 3.4.
-    """
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        nn.init.normal_(self.weight, std=d_model**-0.5)
-
-    def forward(
-        self,
-        inputs: Tensor,
-        operation: Literal["embed", "project", "loss"],
-        targets_N: Tensor | None = None,
-        smoothing: float = 0.0,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Use the matrix.
-
-        Args:
-            inputs: ids of any shape for "embed", else states [..., D].
-            operation: "embed" gives vectors [..., D]; "project" gives logits [..., V]; "loss"
-                gives ``(loss_sum, nll_sum)`` of states [N, D], see ``fused_projection_loss``.
-            targets_N: the references, for "loss".
-            smoothing: label smoothing, for "loss".
-        """
-        if operation == "embed":
-            return functional.embedding(inputs, self.weight)
-        if operation == "project":
-            return functional.linear(inputs, self.weight)
-        assert targets_N is not None, "operation 'loss' needs targets"
-        return fused_projection_loss(inputs, self.weight, targets_N, smoothing)
 
 
 @lru_cache(maxsize=16)

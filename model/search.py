@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.encoder_decoder import EncoderDecoder
 from model.loss import PAD_ID
 from model.sampling import draw, truncated, uniforms
 from model.scoring import CoverageRule, LengthRule, coverage_score, length_score
-from model.transformer import Transformer
 
 BOS_ID, EOS_ID, UNK_ID = 1, 2, 3
 
@@ -73,7 +73,7 @@ class SearchOptions:
 
 
 def search(
-    models: Sequence[Transformer],
+    models: Sequence[EncoderDecoder],
     source_BS: Tensor,
     options: SearchOptions,
     *,
@@ -152,7 +152,7 @@ def best_pieces(
 
 
 @contextmanager
-def _evaluating(models: Sequence[Transformer]) -> Iterator[None]:
+def _evaluating(models: Sequence[EncoderDecoder]) -> Iterator[None]:
     were_training = [model.training for model in models]
     try:
         for model in models:
@@ -168,7 +168,7 @@ class _Batch:
 
     def __init__(
         self,
-        models: Sequence[Transformer],
+        models: Sequence[EncoderDecoder],
         source_BS: Tensor,
         width: int,
         options: SearchOptions,
@@ -414,7 +414,7 @@ def _best(hypotheses: list[Hypothesis], count: int) -> list[Hypothesis]:
 
 
 def _sample(
-    models: Sequence[Transformer],
+    models: Sequence[EncoderDecoder],
     source_BS: Tensor,
     options: SearchOptions,
     prefixes: Sequence[list[int]],

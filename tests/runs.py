@@ -15,7 +15,8 @@ from data_shards.config import BOS_ID, EOS_ID, PAD_ID
 from data_shards.manifest import Manifest
 from data_shards.shards import prepare
 from data_shards.vocabulary import Vocabulary
-from model.transformer import Transformer, build
+from model.build import build
+from model.transformer import Transformer
 from trainer.config import RunConfig, parse_config
 
 # A word for a word, in reverse order: learnt in seconds, and impossible without attention.

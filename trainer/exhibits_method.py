@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from model import description
 from trainer.config import RunConfig
 from trainer.evaluate import Result
 from trainer.exhibits_cost import Cost, format_flops
@@ -24,8 +25,6 @@ _PLACES = frozenset(
 )  # fmt: skip
 
 _REFERENCES = {
-    "transformer": "A. Vaswani, N. Shazeer, N. Parmar, J. Uszkoreit, L. Jones, A. N. Gomez, "
-    "Ł. Kaiser, I. Polosukhin. Attention Is All You Need. NeurIPS 2017.",
     "sentencepiece": "T. Kudo, J. Richardson. SentencePiece: A simple and language independent "
     "subword tokenizer and detokenizer for Neural Text Processing. EMNLP 2018.",
     "adam": "D. P. Kingma, J. Ba. Adam: A Method for Stochastic Optimization. ICLR 2015.",
@@ -128,12 +127,12 @@ def method(log: RunLog, found: Cost) -> list[str]:
 
 def references(log: RunLog) -> list[str]:
     """What the paragraphs rest on."""
-    names = ["transformer", "sentencepiece", "adam"]
+    names = ["sentencepiece", "adam"]
     if log.config.trainer.zero_stage:
         names.append("zero")
     if log.main:
         names.append("sacrebleu")
-    return [_REFERENCES[name] for name in names]
+    return [*description.references(log.config.model), *(_REFERENCES[name] for name in names)]
 
 
 def _machine(event: Event) -> Event:
@@ -157,27 +156,9 @@ def _workers(log: RunLog) -> str:
 
 
 def _model(log: RunLog) -> str:
-    model = log.config.model
     parameters = log.last("parameters", "started", "resumed")
-    dropout = [f"dropout of {model.dropout:g}"] + [
-        f"{name} dropout of {value:g}"
-        for name, value in (
-            ("attention", model.attention_dropout),
-            ("activation", model.activation_dropout),
-        )
-        if value
-    ]
-    return (
-        f"We train a Transformer (Vaswani et al., 2017) with {model.encoder_layers} encoder and "
-        f"{model.decoder_layers} decoder layers, width {model.d_model}, {model.num_heads} "
-        f"attention heads, feed-forward layers of width {model.d_ff}, layer normalisation "
-        f"{'before' if model.norm == 'pre' else 'after'} each sub-layer, {model.positions} "
-        f"positions, "
-        + ("one matrix for both embeddings and the softmax" if model.tie_embeddings
-           else "separate embeddings and softmax")
-        + f", and {', '.join(dropout)}"
-        + (f": {parameters:,} parameters." if parameters else ".")
-    )  # fmt: skip
+    size = f": {parameters:,} parameters" if parameters else ""
+    return f"We train {description.sentence(log.config.model)}{size}."
 
 
 def _data(log: RunLog) -> str:

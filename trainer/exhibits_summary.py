@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from importlib import metadata
 
+from model.description import line
 from trainer import exhibits_reliability
 from trainer.exhibits_reliability import told_restarts
 from trainer.formats import format_duration, format_number
@@ -30,8 +31,7 @@ def summary(log: RunLog) -> str:
     )
     return (
         f"{config.data.corpus}, {' → '.join(languages)} · {model.preset or model.kind}: "
-        f"{model.encoder_layers}+{model.decoder_layers} layers, width {model.d_model}, "
-        f"{model.num_heads} heads, {model.norm}-norm · {config.trainer.precision}, "
+        f"{line(model)} · {config.trainer.precision}, "
         f"ZeRO {config.trainer.zero_stage}, seed {config.trainer.seed}"
     )
 

@@ -36,7 +36,7 @@ from data_shards.manifest import (
     read_manifest,
 )
 from data_shards.vocabulary import Vocabulary
-from model.transformer import build
+from model.build import build
 from trainer import export_ctranslate2
 from trainer.config import RecoveryConfig, RunConfig
 from trainer.export_readme import readme
@@ -84,12 +84,13 @@ def export(
 
     Raises:
         UserError: no such run or checkpoint, CTranslate2 is not installed, the folder exists, the
-            format has no such quantization, or the disk refuses.
+            format has no such model or quantization, or the disk refuses.
     """
     output = output.resolve()
-    read_config(run_dir)  # a wrong run is told before anything else
+    config = read_config(run_dir)  # a wrong run is told before anything else
     if format == "ctranslate2":
         export_ctranslate2.require()
+        export_ctranslate2.check(config.model)
     elif quantization != "float32":
         raise UserError(
             f"--quantization {quantization}: safetensors are written as float32; "

@@ -18,6 +18,7 @@ from data_shards.config import BOS_ID, EOS_ID, UNK_ID
 from data_shards.errors import UserError
 from data_shards.vocabulary import Vocabulary
 from model.attention import MultiHeadAttention
+from model.config import ModelConfig
 from model.layers import DecoderLayer, EncoderLayer, FeedForward, Positions, sinusoids
 from model.transformer import Transformer
 from trainer.config import RunConfig
@@ -43,6 +44,26 @@ def require() -> Any:
             "CTranslate2 is not installed: pip install '.[ctranslate2]' in babelray's checkout, "
             "or give --format safetensors"
         ) from None
+
+
+def check(config: ModelConfig) -> None:
+    """Whether CTranslate2 has such a model.
+
+    Raises:
+        UserError: it has not, and which setting is why.
+    """
+    reasons = {
+        "model.kind": config.kind != "transformer" and config.kind,
+        "model.attention": config.attention != "scaled_dot" and config.attention,
+        "model.local_radius": config.local_radius is not None and config.local_radius,
+        "model.d_k": config.key_width * config.num_heads != config.d_model and config.key_width,
+        "model.d_v": config.value_width * config.num_heads != config.d_model and config.value_width,
+    }
+    for name, value in reasons.items():
+        if value is not False:
+            raise UserError(
+                f"CTranslate2 has no model with {name}={value}: give --format safetensors"
+            )
 
 
 def write(loaded: LoadedModel, folder: Path, quantization: str) -> None:
@@ -88,6 +109,7 @@ def tokens(vocabulary: Vocabulary) -> list[str]:
 
 def _spec(ctranslate2: Any, loaded: LoadedModel, *, copied: bool) -> Any:
     config, model = loaded.config.model, loaded.model
+    assert isinstance(model, Transformer)
     spec = ctranslate2.specs.TransformerSpec.from_config(
         (config.encoder_layers, config.decoder_layers),
         config.num_heads,

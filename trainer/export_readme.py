@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from model.description import sentence
 from trainer.config import RunConfig
 from trainer.export_ctranslate2 import search_options
 
@@ -52,13 +53,10 @@ print(pieces.decode(found[0].hypotheses[0]))"""
 
 
 def _table(card: Mapping[str, Any], config: RunConfig) -> str:
-    model = config.model
     steps = card["averaged_steps"]
     of = f"mean of steps {', '.join(map(str, steps))}" if len(steps) > 1 else f"step {card['step']}"
     rows = {
-        "model": f"Transformer, {model.encoder_layers} + {model.decoder_layers} layers, width "
-        f"{model.d_model}, feed-forward {model.d_ff}, {model.num_heads} heads, {model.norm}-norm, "
-        f"{model.positions} positions",
+        "model": sentence(config.model),
         "parameters": f"{card['num_parameters']:,}, {card['quantization']} in this folder",
         "checkpoint": f"{card['checkpoint']} ({of})",
         "trained on": f"{card['corpus']}, {card['num_pairs']:,} pairs",

@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from data_shards.config import PAD_ID
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
+from model.build import build
 from model.config import ModelConfig
 from model.cost import batch_flops
-from model.transformer import Transformer, build
+from model.encoder_decoder import EncoderDecoder
 from trainer.engine import import_deepspeed
 
 # B pairs, S source and T target length.
@@ -123,7 +124,7 @@ def counted_by_deepspeed(config: ModelConfig, vocab_size: int, shape: Shape) -> 
     return deepspeed_flops(model, lambda: logits(model, source_BS, target_BT))
 
 
-def logits(model: Transformer, source_BS: Tensor, target_in_BT: Tensor) -> Tensor:
+def logits(model: EncoderDecoder, source_BS: Tensor, target_in_BT: Tensor) -> Tensor:
     """A forward pass as far as the logits [B, T, V], without gradients.
 
     (Not as far as the loss: that makes gradients in its forward pass, which counters count.)
@@ -188,7 +189,7 @@ def _attention_backward(
     return 2 * _attention(query, key, value)
 
 
-def _on_meta(config: ModelConfig, vocab_size: int) -> Transformer:
+def _on_meta(config: ModelConfig, vocab_size: int) -> EncoderDecoder:
     with torch.device("meta"):
         return build(config, vocab_size).eval()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_shards.errors import RunFailedError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
-from model.transformer import build
+from model.build import build
 from trainer.checkpoint import Checkpoints, check_settings
 from trainer.config import RunConfig
 from trainer.engine import Engine

@@ -26,7 +26,8 @@ from torch import Tensor
 from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from data_shards.vocabulary import Vocabulary
-from model.transformer import Transformer, build
+from model.build import build
+from model.encoder_decoder import EncoderDecoder
 from trainer.average import average_weights
 from trainer.checkpoint import STATE, Checkpoints
 from trainer.config import RunConfig, parse_config
@@ -46,7 +47,7 @@ class LoadedModel:
     ``average-3``); ``steps`` are the checkpoints that the weights are the mean of.
     """
 
-    model: Transformer
+    model: EncoderDecoder
     config: RunConfig
     manifest: Manifest
     vocabulary: Vocabulary
@@ -271,7 +272,7 @@ def _check_corpus(checkpoints: Checkpoints, step: int, manifest: Manifest) -> No
         )
 
 
-def _fill(model: Transformer, weights: dict[str, Tensor], file: Path) -> None:
+def _fill(model: EncoderDecoder, weights: dict[str, Tensor], file: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted({*expected, *found}):

@@ -17,8 +17,8 @@ from torch import Tensor
 from data_shards.clean import normalise
 from data_shards.config import EOS_ID, PAD_ID, UNK_ID
 from data_shards.errors import UserError
+from model.encoder_decoder import EncoderDecoder
 from model.search import SearchOptions, search
-from model.transformer import Transformer
 from trainer.attention import SPACE
 from trainer.config import EvaluationConfig
 from trainer.ensemble import check_same_vocabulary
@@ -265,7 +265,7 @@ def _check_num_best(evaluation: EvaluationConfig, num_best: int) -> None:
         )
 
 
-def _prepared(model: Transformer, precision: str) -> Transformer:
+def _prepared(model: EncoderDecoder, precision: str) -> EncoderDecoder:
     if precision == "bf16":
         return copy.deepcopy(model).to(torch.bfloat16)
     return model

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from model.config import ModelConfig
+from model.size import num_parameters
 from trainer.config import RunConfig
 
 # A checkpoint holds master weights and both of Adam's moments in float32.
 _CHECKPOINT_BYTES = 12
 _AVERAGE_BYTES = 4
-
-
-def num_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the Transformer, as ``model.transformer.Transformer`` has them."""
-    d, norm = model.d_model, 2 * model.d_model
-    attention = 4 * (d * d + d)
-    feed_forward = 2 * d * model.d_ff + model.d_ff + d
-    encoder = attention + feed_forward + 2 * norm
-    decoder = 2 * attention + feed_forward + 3 * norm
-    total = (1 if model.tie_embeddings else 3) * vocab_size * d
-    total += model.encoder_layers * encoder + model.decoder_layers * decoder
-    if model.norm == "pre":
-        total += 2 * norm
-    if model.positions == "learned":
-        total += 2 * model.max_positions * d
-    return total
 
 
 def parameters(config: RunConfig) -> int:

@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from model.build import build
 from model.config import ModelConfig
-from model.transformer import build
 
 ROOT = Path(__file__).resolve().parents[3]
 

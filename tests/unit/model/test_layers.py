@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.layers import FeedForward, Positions, VocabularyMatrix
+from model.layers import FeedForward, Positions
+from model.vocabulary_matrix import VocabularyMatrix
 
 
 def _positions(**settings: object) -> Positions:

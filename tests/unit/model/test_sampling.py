@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.build import build
 from model.config import ModelConfig
 from model.sampling import draw, truncated, uniforms
 from model.search import BOS_ID, EOS_ID, Hypothesis, SearchOptions, search
-from model.transformer import Transformer, build
+from model.transformer import Transformer
 
 # The chi-square distribution's 99.9th percentile at 8 degrees of freedom.
 _CHI_SQUARE_999 = 26.12

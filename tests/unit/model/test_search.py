@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.build import build
 from model.config import ModelConfig
 from model.search import BOS_ID, EOS_ID, Hypothesis, SearchOptions, best_pieces, search
-from model.transformer import Transformer, build
+from model.transformer import Transformer
 
 VOCAB = 7
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import PRESETS, ModelConfig
+from model.build import build
+from model.config import ModelConfig
 from model.layers import sinusoids
-from model.transformer import Transformer, build
+from model.presets import PRESETS
+from model.transformer import Transformer
 
 VOCAB = 37
 
@@ -207,7 +209,7 @@ def test_padding_changes_nothing() -> None:
 def test_parameter_counts(preset: Literal["tiny", "base", "big"]) -> None:
     with torch.device("meta"):
         model = build(ModelConfig(preset=preset), 37_000)
-    shape = PRESETS[preset]
+    shape = PRESETS["transformer"][preset]
     d_model, d_ff = shape["d_model"], shape["d_ff"]
     attention = 4 * (d_model * d_model + d_model)
     feed_forward = 2 * d_model * d_ff + d_ff + d_model

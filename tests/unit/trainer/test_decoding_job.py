@@ -13,7 +13,7 @@ import pytest
 from data_shards.errors import RunFailedError, UserError
 from data_shards.manifest import Manifest
 from data_shards.shards import prepare
-from model.transformer import build
+from model.build import build
 from tests.runs import make_config, write_checkpoint
 from trainer.config import EvaluationConfig
 from trainer.decoding_job import System, decode_here, translate_all

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data_shards.errors import UserError
-from model.transformer import build
+from model.build import build
 from tests.runs import pairs
 from trainer import export as export_module
 from trainer import export_ctranslate2

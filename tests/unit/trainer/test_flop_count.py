@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from model.attention import use_explicit
+from model.build import build
 from model.config import ModelConfig
 from model.cost import Work, batch_flops, training_flops
-from model.transformer import build
 from trainer.flop_count import (
     counted_by_cost,
     counted_by_deepspeed,

@@ -8,9 +8,10 @@ from typing import NoReturn
 import pytest
 
 from cluster.doctor import cluster
-from cluster.doctor.sizes import checkpoint_bytes, num_parameters
+from cluster.doctor.sizes import checkpoint_bytes
 from cluster.launch.jobs_api import token_problem
 from model.config import ModelConfig
+from model.size import num_parameters
 from trainer.config import load_config
 
 
