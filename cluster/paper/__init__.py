@@ -1,0 +1,1 @@
+"""Trainings of the paper's comparisons, scheduled by Ray."""

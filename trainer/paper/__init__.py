@@ -1,0 +1,1 @@
+"""The paper's own ground: what its tables say, reckoned and measured."""
