@@ -12,15 +12,22 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from data_shards.archived_corpora import ARCHIVED
+from data_shards.archives import (
+    Archive,
+    ArchivedEntry,
+    Split,
+    open_heldout,
+    open_parts,
+    trust,
+)
 from data_shards.config import DataConfig
-from data_shards.download import fetch
+from data_shards.download import Expected, fetch
 from data_shards.errors import DataError
 from data_shards.manifest import RawFile, SplitName, file_sha256
 from data_shards.text import check_text, read_pairs, read_text
 
-Split = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("valid", "test")
 
 EMBEDDED_HELDOUT_PAIRS = 500
@@ -32,7 +39,7 @@ _NO_LANGUAGES = frozenset({"txt", "tsv", "csv", "raw", "tok", "src", "tgt", "trg
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A public corpus.
+    """A public corpus of a file for each split and language; ``archived_corpora`` has the others.
 
     Attributes:
         name: what ``data.corpus`` calls it.
@@ -129,12 +136,15 @@ def open_corpus(config: DataConfig, *, progress: Callable[[str], None]) -> Corpu
         return _open_embedded(config)
     if config.corpus == "files":
         return _open_files(config)
-    entry = CATALOGUE.get(config.corpus)
+    entry = CATALOGUE.get(config.corpus) or ARCHIVED.get(config.corpus)
     if entry is None:
-        known = ["embedded", "files", *CATALOGUE]
+        known = ["embedded", "files", *CATALOGUE, *ARCHIVED]
         close = get_close_matches(config.corpus, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(f"unknown data.corpus {config.corpus!r}; {hint}known: {', '.join(known)}")
+    _check_languages(entry, config)
+    if isinstance(entry, ArchivedEntry):
+        return _open_archived(entry, config, progress)
     return _open_catalogued(entry, config, progress)
 
 
@@ -197,9 +207,7 @@ def _open_files(config: DataConfig) -> Corpus:
     )
 
 
-def _open_catalogued(
-    entry: CatalogueEntry, config: DataConfig, progress: Callable[[str], None]
-) -> Corpus:
+def _check_languages(entry: CatalogueEntry | ArchivedEntry, config: DataConfig) -> None:
     for key, language in (("source", config.source), ("target", config.target)):
         if language not in entry.languages:
             raise DataError(
@@ -211,11 +219,26 @@ def _open_catalogued(
             f"data.source and data.target are both {config.source!r}: choose two of "
             f"{', '.join(entry.languages)}"
         )
+
+
+def _open_catalogued(
+    entry: CatalogueEntry, config: DataConfig, progress: Callable[[str], None]
+) -> Corpus:
     paths: dict[Split, tuple[Path, Path]] = {}
     raw_files = []
     for split, pattern in entry.files.items():
         names = [pattern.format(language=language) for language in (config.source, config.target)]
-        files = [_raw_file(entry, name, config, progress) for name in names]
+        files = [
+            _raw_file(
+                name,
+                entry.home + name,
+                Expected(sha256=entry.sha256[name]),
+                (entry.name,),
+                config,
+                progress,
+            )
+            for name in names
+        ]
         for name, path in zip(names, files, strict=True):
             raw_files.append(
                 RawFile(file=name, bytes=path.stat().st_size, sha256=entry.sha256[name])
@@ -232,32 +255,81 @@ def _open_catalogued(
     )
 
 
+def _open_archived(
+    entry: ArchivedEntry, config: DataConfig, progress: Callable[[str], None]
+) -> Corpus:
+    paths: dict[str, Path] = {}
+    raw_files = []
+    for archive in entry.archives:
+        path = _raw_file(
+            archive.file,
+            archive.url,
+            archive.expected,
+            (entry.folder, entry.name),
+            config,
+            progress,
+        )
+        paths[archive.file] = path
+        sha256 = _trust(entry, archive, path, config)
+        raw_files.append(RawFile(file=archive.file, bytes=path.stat().st_size, sha256=sha256))
+    languages = config.source, config.target
+    return Corpus(
+        name=entry.name,
+        source_language=config.source,
+        target_language=config.target,
+        licence=entry.licence,
+        train=open_parts(entry.parts["train"], paths, *languages),
+        heldout={
+            split: open_heldout(entry.parts[split], paths, *languages)
+            for split in SPLITS
+            if split in entry.parts
+        },
+        raw_files=tuple(raw_files),
+    )
+
+
+def _trust(entry: ArchivedEntry, archive: Archive, path: Path, config: DataConfig) -> str:
+    """The archive's sha256: the published one, or the one that was seen first."""
+    parts = tuple(
+        part for parts in entry.parts.values() for part in parts if part.archive == archive.file
+    )
+    record = config.root / "raw" / entry.folder / f"{archive.file}.sha256"
+    return trust(archive, path, parts, record)
+
+
 def _raw_file(
-    entry: CatalogueEntry, name: str, config: DataConfig, progress: Callable[[str], None]
+    name: str,
+    url: str,
+    expected: Expected,
+    folders: tuple[str, ...],
+    config: DataConfig,
+    progress: Callable[[str], None],
 ) -> Path:
-    """A file of the catalogue, of the expected checksum: from the mirror or from its home."""
-    sha256 = entry.sha256[name]
+    """A file of the catalogue as it is expected: from the mirror or from its home.
+
+    ``folders``: what it is kept under, and what else a mirror may have it under.
+    """
     mirror = config.mirror
-    stored = config.root / "raw" / entry.name / name
+    stored = config.root / "raw" / folders[0] / name
     if mirror is None:
-        return fetch([entry.home + name], stored, sha256=sha256, progress=progress)
+        return fetch([url], stored, expected=expected, progress=progress)
     if re.match(r"https?://", mirror):
         base = mirror.rstrip("/")
-        urls = [f"{base}/{name}", f"{base}/{entry.name}/{name}"]
-        return fetch(urls, stored, sha256=sha256, progress=progress)
+        urls = [f"{base}/{name}", *(f"{base}/{folder}/{name}" for folder in folders)]
+        return fetch(list(dict.fromkeys(urls)), stored, expected=expected, progress=progress)
     folder = Path(mirror.removeprefix("file://")).expanduser()
-    candidates = [folder / name, folder / entry.name / name]
+    candidates = [folder / name, *(folder / under / name for under in dict.fromkeys(folders))]
     for path in candidates:
         if path.is_file():
-            actual = file_sha256(path)
-            if actual != sha256:
+            problem = expected.problem(path)
+            if problem is not None:
                 raise DataError(
-                    f"{path}: expected sha256 {sha256}, found {actual}. The mirror's copy is "
+                    f"{path}: {problem}. The mirror's copy is "
                     "another version or was altered: replace it, or leave --mirror out"
                 )
             return path
     raise DataError(
-        f"the mirror has no {name}: looked for {candidates[0]} and {candidates[1]}. Put it "
+        f"the mirror has no {name}: looked for {' and '.join(map(str, candidates))}. Put it "
         "there, or leave --mirror out to download it"
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 _BACKOFF_S = (1.0, 2.0, 4.0)
 _TIMEOUT_S = (10.0, 60.0)
 _CHUNK_BYTES = 1 << 18
+# One waits so long for what is larger that one wants to know it has begun.
+_LARGE_BYTES = 10 << 20
 _MEND = "or take the raw files from a folder or another server with --mirror DIR_OR_URL"
 
 
@@ -36,14 +40,42 @@ class _TransportError(Exception):
     """Worth another attempt."""
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a file before it is here; None: nobody has published it."""
+
+    sha256: str | None = None
+    md5: str | None = None
+    num_bytes: int | None = None
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether the content is known, and not just how much there is of it."""
+        return self.sha256 is not None or self.md5 is not None
+
+    def problem(self, path: Path, verb: str = "found") -> str | None:
+        """What does not fit, in hex or bytes; None where all that is known does."""
+        if self.num_bytes is not None and path.stat().st_size != self.num_bytes:
+            return f"expected {self.num_bytes:,} bytes, {verb} {path.stat().st_size:,}"
+        if self.sha256 is not None:
+            actual = file_sha256(path)
+            if actual != self.sha256:
+                return f"expected sha256 {self.sha256}, {verb} {actual}"
+        if self.md5 is not None:
+            actual = _file_md5(path)
+            if actual != self.md5:
+                return f"expected md5 {self.md5}, {verb} {actual}"
+        return None
+
+
 def fetch(
     urls: Sequence[str],
     path: Path,
     *,
-    sha256: str,
+    expected: Expected,
     progress: Callable[[str], None] = logger.info,
 ) -> Path:
-    """Have the file with this checksum at ``path``; download it unless it is there already.
+    """Have the file as it is known at ``path``; download it unless it is there already.
 
     Bytes arrive in ``<path>.part``, which a later call takes up again. Two processes may fetch the
     same file: the second waits for the first.
@@ -51,25 +83,30 @@ def fetch(
     Args:
         urls: tried in order; the next one only if a server does not have the file.
         path: where the file shall lie.
-        sha256: expected checksum, in hex.
-        progress: told what was fetched.
+        expected: what is known of it. Where that is no checksum, nothing tells the beginning of
+            this file from that of another: the part that an earlier call left is not taken up.
+        progress: told what is being fetched and what was.
 
     Raises:
-        DataError: no server has the file, none answers, or the checksum differs.
+        DataError: no server has the file, none answers, or what comes is not as expected.
     """
-    if path.exists() and file_sha256(path) == sha256:
+    if path.exists() and expected.problem(path) is None:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with _open_locked(part) as file:
         try:
             # The process that held the lock before us may have finished the file.
-            if path.exists() and file_sha256(path) == sha256:
+            if path.exists() and expected.problem(path) is None:
                 return path
+            if not expected.has_checksum:
+                file.truncate(0)
             started = time.monotonic()
+            if expected.num_bytes is not None and expected.num_bytes >= _LARGE_BYTES:
+                progress(f"fetching {path.name}: {expected.num_bytes:,} bytes")
             for url in urls:
                 try:
-                    _fetch_checked(url, file, path, sha256)
+                    _fetch_checked(url, file, path, expected)
                 except _NotThereError as error:
                     missing = str(error)
                     continue
@@ -88,25 +125,30 @@ def fetch(
     )
 
 
-def _fetch_checked(url: str, file: IO[bytes], path: Path, sha256: str) -> None:
+def _fetch_checked(url: str, file: IO[bytes], path: Path, expected: Expected) -> None:
     """Complete ``file`` from ``url``; what was resumed and proves wrong is fetched once afresh."""
     resumed = file.tell() > 0
     _fetch_with_retries(url, file, path.name)
     file.flush()
-    actual = file_sha256(Path(file.name))
-    if actual != sha256 and resumed:
+    problem = expected.problem(Path(file.name), "received")
+    if problem is not None and resumed:
         logger.warning("%s: the part on disk did not fit; fetching it from the start", path.name)
         file.truncate(0)
         _fetch_with_retries(url, file, path.name)
         file.flush()
-        actual = file_sha256(Path(file.name))
-    if actual != sha256:
+        problem = expected.problem(Path(file.name), "received")
+    if problem is not None:
         # Nothing of it can be used: the next attempt shall not resume from it.
         file.truncate(0)
         raise DataError(
-            f"{path.name} from {url}: expected sha256 {sha256}, received {actual}. The file there "
-            f"is another one or was altered on the way: try again, {_MEND}"
+            f"{path.name} from {url}: {problem}. The file there is another one or was altered on "
+            f"the way: try again, {_MEND}"
         )
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _fetch_with_retries(url: str, file: IO[bytes], name: str) -> None:

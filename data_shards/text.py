@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from data_shards.errors import DataError
 
@@ -50,16 +50,27 @@ def read_pairs(source: Path, target: Path) -> Iterator[tuple[bytes, bytes]]:
     Raises:
         DataError: the files have different numbers of lines, or one cannot be read.
     """
+    return pair_lines(str(source), _lines(source), str(target), _lines(target))
+
+
+def pair_lines(
+    source_name: str, source: Iterable[bytes], target_name: str, target: Iterable[bytes]
+) -> Iterator[tuple[bytes, bytes]]:
+    """Lines of two parallel texts, whatever they are read from.
+
+    Raises:
+        DataError: one text has more lines than the other.
+    """
     num_lines = [0, 0]
-    for source_line, target_line in zip_longest(_lines(source), _lines(target)):
+    for source_line, target_line in zip_longest(source, target):
         num_lines[0] += source_line is not None
         num_lines[1] += target_line is not None
         if source_line is not None and target_line is not None:
             yield source_line, target_line
     if num_lines[0] != num_lines[1]:
         raise DataError(
-            f"source and target are not parallel: {source} has {num_lines[0]:,} lines, {target} "
-            f"has {num_lines[1]:,}. Line n of one must translate line n of the other"
+            f"source and target are not parallel: {source_name} has {num_lines[0]:,} lines, "
+            f"{target_name} has {num_lines[1]:,}. Line n of one must translate line n of the other"
         )
 
 
@@ -69,19 +80,30 @@ def read_text(source: Path, target: Path) -> Iterator[tuple[str, str]]:
     Raises:
         DataError: as :func:`read_pairs`; a line is not UTF-8; there is no line.
     """
+    return decode_pairs(str(source), str(target), read_pairs(source, target))
+
+
+def decode_pairs(
+    source_name: str, target_name: str, pairs: Iterable[tuple[bytes, bytes]]
+) -> Iterator[tuple[str, str]]:
+    """The lines of a validation or test set as text.
+
+    Raises:
+        DataError: a line is not UTF-8; there is no line.
+    """
     number = 0
-    for number, lines in enumerate(read_pairs(source, target), start=1):
+    for number, lines in enumerate(pairs, start=1):
         decoded = []
-        for path, line in zip((source, target), lines, strict=True):
+        for name, line in zip((source_name, target_name), lines, strict=True):
             try:
                 decoded.append(line.decode())
             except UnicodeDecodeError:
                 raise DataError(
-                    f"{path}, line {number}: not UTF-8. A test set is never filtered: mend the line"
+                    f"{name}, line {number}: not UTF-8. A test set is never filtered: mend the line"
                 ) from None
         yield decoded[0], decoded[1]
     if number == 0:
-        raise DataError(f"{source} has no line")
+        raise DataError(f"{source_name} has no line")
 
 
 def _open_text(path: Path) -> BinaryIO:
@@ -100,20 +122,25 @@ def _open_text(path: Path) -> BinaryIO:
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with _open_text(path) as file:
-            read = partial(file.readline, _LONGEST_LINE_BYTES)
-            first = True
-            for line in iter(read, b""):
-                if first:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                    first = False
-                if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
-                    yield _cut(line)
-                    while line and not line.endswith(b"\n"):
-                        line = read()
-                    continue
-                yield line.rstrip(b"\r\n")
+            yield from lines_of(file)
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of an open text without line ends; what is beyond any sentence is cut."""
+    read = partial(file.readline, _LONGEST_LINE_BYTES)
+    first = True
+    for line in iter(read, b""):
+        if first:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            first = False
+        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+            yield _cut(line)
+            while line and not line.endswith(b"\n"):
+                line = read()
+            continue
+        yield line.rstrip(b"\r\n")
 
 
 def _cut(line: bytes) -> bytes:

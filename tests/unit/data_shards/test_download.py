@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data_shards.download
-from data_shards.download import fetch
+from data_shards.download import Expected, fetch
 from data_shards.errors import DataError
 
 CONTENT = bytes(range(256)) * 2000
@@ -101,7 +101,15 @@ def test_a_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "raw" / "file.gz"
     said: list[str] = []
     for _ in range(2):
-        assert fetch([server.url("/file.gz")], path, sha256=SHA256, progress=said.append) == path
+        assert (
+            fetch(
+                [server.url("/file.gz")],
+                path,
+                expected=Expected(sha256=SHA256),
+                progress=said.append,
+            )
+            == path
+        )
     assert path.read_bytes() == CONTENT
     assert server.requests == [("/file.gz", None)]
     assert len(said) == 1
@@ -112,7 +120,7 @@ def test_a_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
 def test_a_cut_connection_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
     server.cuts = [300_000, 100_000]
     path = tmp_path / "file.gz"
-    fetch([server.url("/file.gz")], path, sha256=SHA256)
+    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
     assert [wanted for _, wanted in server.requests] == [None, "bytes=300000-", "bytes=400000-"]
 
@@ -120,7 +128,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(server: Server, tmp_path: P
 def test_an_earlier_part_is_taken_up(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "file.gz"
     part(path).write_bytes(CONTENT[:1000])
-    fetch([server.url("/file.gz")], path, sha256=SHA256)
+    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
     assert server.requests == [("/file.gz", "bytes=1000-")]
 
@@ -129,7 +137,7 @@ def test_a_server_without_ranges_sends_all_of_it_again(server: Server, tmp_path:
     server.ranges = False
     server.cuts = [300_000]
     path = tmp_path / "file.gz"
-    fetch([server.url("/file.gz")], path, sha256=SHA256)
+    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
 
 
@@ -139,7 +147,7 @@ def test_a_part_of_something_else_is_thrown_away(
 ) -> None:
     path = tmp_path / "file.gz"
     part(path).write_bytes(old)
-    fetch([server.url("/file.gz")], path, sha256=SHA256)
+    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
     assert [wanted for _, wanted in server.requests] == [f"bytes={len(old)}-", None]
 
@@ -147,7 +155,7 @@ def test_a_part_of_something_else_is_thrown_away(
 def test_a_part_that_is_whole_is_only_checked(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "file.gz"
     part(path).write_bytes(CONTENT)
-    fetch([server.url("/file.gz")], path, sha256=SHA256)
+    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
     assert server.requests == [("/file.gz", f"bytes={len(CONTENT)}-")]
 
@@ -158,7 +166,7 @@ def test_a_wrong_checksum_names_everything_and_leaves_nothing(
     path = tmp_path / "file.gz"
     url = server.url("/file.gz")
     with pytest.raises(DataError) as caught:
-        fetch([url], path, sha256="0" * 64)
+        fetch([url], path, expected=Expected(sha256="0" * 64))
     message = str(caught.value)
     assert all(part in message for part in ("file.gz", url, "0" * 64, SHA256, "--mirror"))
     assert list(tmp_path.iterdir()) == []
@@ -167,20 +175,20 @@ def test_a_wrong_checksum_names_everything_and_leaves_nothing(
 def test_a_damaged_earlier_download_is_replaced(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "file.gz"
     path.write_bytes(CONTENT[:-1])
-    fetch([server.url("/file.gz")], path, sha256=SHA256)
+    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
 
 
 def test_the_next_address_is_tried_where_the_file_is_not(server: Server, tmp_path: Path) -> None:
     urls = [server.url("/nowhere/file.gz"), server.url("/file.gz")]
-    path = fetch(urls, tmp_path / "file.gz", sha256=SHA256)
+    path = fetch(urls, tmp_path / "file.gz", expected=Expected(sha256=SHA256))
     assert path.read_bytes() == CONTENT
 
 
 def test_a_missing_file_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
     url = server.url("/nowhere.gz")
     with pytest.raises(DataError) as caught:
-        fetch([url], tmp_path / "nowhere.gz", sha256=SHA256)
+        fetch([url], tmp_path / "nowhere.gz", expected=Expected(sha256=SHA256))
     assert f"cannot download nowhere.gz: the server answered 404 Not Found for {url}" in str(
         caught.value
     )
@@ -191,14 +199,14 @@ def test_a_missing_file_is_not_asked_for_again(server: Server, tmp_path: Path) -
 
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.statuses = [503, 429]
-    fetch([server.url("/file.gz")], tmp_path / "file.gz", sha256=SHA256)
+    fetch([server.url("/file.gz")], tmp_path / "file.gz", expected=Expected(sha256=SHA256))
     assert len(server.requests) == 3
 
 
 def test_a_server_that_stays_broken_is_given_up(server: Server, tmp_path: Path) -> None:
     server.statuses = [500] * 10
     with pytest.raises(DataError, match=r"the server answered 500 .*--mirror"):
-        fetch([server.url("/file.gz")], tmp_path / "file.gz", sha256=SHA256)
+        fetch([server.url("/file.gz")], tmp_path / "file.gz", expected=Expected(sha256=SHA256))
     assert len(server.requests) == 4
 
 
@@ -208,7 +216,7 @@ def test_a_server_that_always_cuts_at_the_same_place_is_given_up(
     server.ranges = False
     server.cuts = [1000] * 10
     with pytest.raises(DataError, match="connection broke off"):
-        fetch([server.url("/file.gz")], tmp_path / "file.gz", sha256=SHA256)
+        fetch([server.url("/file.gz")], tmp_path / "file.gz", expected=Expected(sha256=SHA256))
     assert len(server.requests) == 4
     assert part(tmp_path / "file.gz").stat().st_size == 1000
 
@@ -218,14 +226,14 @@ def test_no_network_is_one_clear_message(tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/file.gz"
         with pytest.raises(DataError, match=r"no connection .*no network.*--mirror") as caught:
-            fetch([url], tmp_path / "file.gz", sha256=SHA256)
+            fetch([url], tmp_path / "file.gz", expected=Expected(sha256=SHA256))
     assert url in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_address_that_is_none_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not an address"):
-        fetch(["http://"], tmp_path / "file.gz", sha256=SHA256)
+        fetch(["http://"], tmp_path / "file.gz", expected=Expected(sha256=SHA256))
 
 
 def test_two_at_once_fetch_one_file(server: Server, tmp_path: Path) -> None:
@@ -233,7 +241,9 @@ def test_two_at_once_fetch_one_file(server: Server, tmp_path: Path) -> None:
     results: list[Path] = []
     threads = [
         threading.Thread(
-            target=lambda: results.append(fetch([server.url("/file.gz")], path, sha256=SHA256))
+            target=lambda: results.append(
+                fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
+            )
         )
         for _ in range(4)
     ]
