@@ -110,15 +110,16 @@ class Attention(BaseModel):
     """Weights of every layer and head, three decimals: [layer][head][query][key].
 
     The encoder's queries and keys are ``source``; the decoder's are ``inputs``; those of ``cross``
-    ``inputs`` and ``source``. Row t of decoder and cross is what predicts ``outputs[t]``.
+    ``inputs`` and ``source``. Row t of decoder and cross is what predicts ``outputs[t]``. A model
+    without self-attention has ``cross`` only.
     """
 
     source: list[str]
     inputs: list[str]
     outputs: list[str]
-    encoder: list[list[list[list[float]]]]
-    decoder: list[list[list[list[float]]]]
     cross: list[list[list[list[float]]]]
+    encoder: list[list[list[list[float]]]] | None = None
+    decoder: list[list[list[list[float]]]] | None = None
 
 
 class Answer(BaseModel):

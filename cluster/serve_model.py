@@ -118,9 +118,7 @@ class Engine:
             source=maps.source,
             inputs=maps.inputs,
             outputs=maps.outputs,
-            encoder=_rounded(maps.encoder),
-            decoder=_rounded(maps.decoder),
-            cross=_rounded(maps.cross),
+            **{kind: _rounded(maps.weights[kind]) for kind in maps.kinds},
         )
 
     def _wants_several(self, job: Job) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,42 +15,47 @@ from torch import Tensor
 from data_shards.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from trainer.run import LoadedModel
 
-Kind = Literal["encoder", "decoder", "cross"]
+Kind = Literal["cross", "encoder", "decoder"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # SentencePiece's mark of a space, which begins a word.
 SPACE = "\u2581"
-# Attention weights recorded in one pass, so that memory stays small whatever is aligned.
+# Attention weights recorded in one pass, and pieces of one side with their padding, so that memory
+# stays small whatever is aligned.
 _WEIGHTS_AT_ONCE = 2**24
+_PIECES_AT_ONCE = 2**13
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
     """The attention weights of every layer and head, float32 on the CPU; each row sums to 1.
 
-    A row is a query, a column a key. Row t of ``decoder`` and ``cross`` is of the state that reads
+    A row is a query, a column a key. Row t of "decoder" and "cross" is of the state that reads
     ``inputs[t]`` and predicts ``outputs[t]``.
+
+    Attributes:
+        weights: by kind, of those that the model has: "cross" [layers, H, T, S]; where there is
+            self-attention "encoder" [layers, H, S, S] and "decoder" [layers, H, T, T], 0 right of
+            the diagonal.
     """
 
     source: list[str]
     inputs: list[str]
     outputs: list[str]
-    encoder: Tensor
-    """[layers, H, S, S]"""
-    decoder: Tensor
-    """[layers, H, T, T], 0 right of the diagonal"""
-    cross: Tensor
-    """[layers, H, T, S]"""
+    weights: dict[Kind, Tensor]
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of attention that the model has, "cross" first."""
+        return [kind for kind in KINDS if kind in self.weights]
 
     def labelled(self, kind: Kind) -> tuple[Tensor, list[str], list[str]]:
         """The weights [layers, H, queries, keys] of a kind, its rows' and its columns' pieces.
 
         The decoder's rows are labelled with the piece that they predict.
         """
-        if kind == "encoder":
-            return self.encoder, self.source, self.source
-        if kind == "decoder":
-            return self.decoder, self.outputs, self.inputs
-        return self.cross, self.outputs, self.source
+        rows = self.source if kind == "encoder" else self.outputs
+        return self.weights[kind], rows, self.inputs if kind == "decoder" else self.source
 
 
 def attention_maps(
@@ -62,17 +67,39 @@ def attention_maps(
         source_ids: piece ids with EOS last.
         target_ids: piece ids without BOS and EOS; may be empty.
     """
-    inputs, outputs = [BOS_ID, *target_ids], [*target_ids, EOS_ID]
-    maps = _maps(loaded, [source_ids], [inputs])
+    [(_, maps)] = each_pairs_maps(loaded, [(source_ids, target_ids)])
+    return maps
+
+
+def each_pairs_maps(
+    loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]
+) -> Iterator[tuple[int, AttentionMaps]]:
+    """``attention_maps`` of every pair with its number, in batches, the longest pairs first."""
     pieces = loaded.vocabulary.pieces
-    return AttentionMaps(
-        source=pieces(source_ids),
-        inputs=pieces(inputs),
-        outputs=pieces(outputs),
-        encoder=maps["encoder"][:, 0].cpu(),
-        decoder=maps["decoder"][:, 0].cpu(),
-        cross=maps["cross"][:, 0].cpu(),
-    )
+    for batch in _batches(loaded, pairs):
+        sources = [pairs[index][0] for index in batch]
+        targets = [pairs[index][1] for index in batch]
+        maps = _maps(loaded, sources, [[BOS_ID, *target] for target in targets])
+        on_cpu = {kind: maps[kind].cpu() for kind in KINDS if kind in maps}
+        for row, index in enumerate(batch):
+            num_source, num_target = len(sources[row]), len(targets[row]) + 1
+            sides: dict[Kind, tuple[int, int]] = {
+                "cross": (num_target, num_source),
+                "encoder": (num_source, num_source),
+                "decoder": (num_target, num_target),
+            }
+            yield (
+                index,
+                AttentionMaps(
+                    source=pieces(sources[row]),
+                    inputs=pieces([BOS_ID, *targets[row]]),
+                    outputs=pieces([*targets[row], EOS_ID]),
+                    weights={
+                        kind: weights[:, row, :, : sides[kind][0], : sides[kind][1]]
+                        for kind, weights in on_cpu.items()
+                    },
+                ),
+            )
 
 
 def word_alignment(
@@ -94,17 +121,14 @@ def word_alignment(
     Source: Garg et al. 2019 (arXiv 1909.02074), section 4.1.
     """
     found: list[list[tuple[int, int]]] = [[] for _ in pairs]
-    for batch in _batches(loaded, pairs):
-        sources = [pairs[index][0] for index in batch]
-        targets = [pairs[index][1] for index in batch]
-        maps = _maps(loaded, sources, [[BOS_ID, *target] for target in targets])
-        cross_LBHTS = maps["cross"]
-        cross_BTS = cross_LBHTS[max(0, len(cross_LBHTS) - 2)].mean(1).cpu()
-        for row, index in enumerate(batch):
-            weights_TS = cross_BTS[row, : len(targets[row]), : len(sources[row])]
-            source = _words(loaded, sources[row], unknown_apart=False)
-            target = _words(loaded, targets[row], unknown_apart=True)
-            found[index] = _links(weights_TS, source, target)
+    with_words = [index for index, (source, target) in enumerate(pairs) if source and target]
+    for place, maps in each_pairs_maps(loaded, [pairs[index] for index in with_words]):
+        index = with_words[place]
+        cross_LHTS = maps.weights["cross"]
+        weights_TS = cross_LHTS[max(0, len(cross_LHTS) - 2)].mean(0)[:-1]
+        source = _words(loaded, pairs[index][0], unknown_apart=False)
+        target = _words(loaded, pairs[index][1], unknown_apart=True)
+        found[index] = _links(weights_TS, source, target)
     return found
 
 
@@ -123,19 +147,25 @@ def _padded(rows: Sequence[list[int]]) -> Tensor:
 def _batches(
     loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]
 ) -> Iterator[list[int]]:
-    """Indices of pairs that have words, those of like length together, the longest first."""
-    config = loaded.config.model
-    maps = (config.encoder_layers + 2 * config.decoder_layers) * config.num_heads
+    """Indices of the pairs, those of like length together, the longest first."""
+    if len(pairs) < 2:
+        yield from ([index] for index in range(len(pairs)))
+        return
     lengths = [max(len(source), len(target) + 1) for source, target in pairs]
-    order = sorted(
-        (index for index, (source, target) in enumerate(pairs) if source and target),
-        key=lambda index: (-lengths[index], index),
-    )
+    order = sorted(range(len(pairs)), key=lambda index: (-lengths[index], index))
+    maps = _num_maps(loaded, *pairs[order[-1]])
     start = 0
     while start < len(order):
-        rows = max(1, _WEIGHTS_AT_ONCE // (maps * lengths[order[start]] ** 2))
-        yield order[start : start + rows]
-        start += rows
+        length = lengths[order[start]]
+        rows = min(_WEIGHTS_AT_ONCE // (maps * length**2), _PIECES_AT_ONCE // length)
+        yield order[start : start + max(1, rows)]
+        start += max(1, rows)
+
+
+def _num_maps(loaded: LoadedModel, source: list[int], target: list[int]) -> int:
+    """How many maps this model makes of a pair: it is asked for those of a short one."""
+    maps = _maps(loaded, [source], [[BOS_ID, *target]])
+    return sum(weights.size(0) * weights.size(2) for weights in maps.values())
 
 
 def _words(loaded: LoadedModel, ids: list[int], *, unknown_apart: bool) -> list[int]:

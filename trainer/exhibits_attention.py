@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from data_shards.config import EOS_ID
 from data_shards.errors import UserError
 from data_shards.manifest import Manifest
 from trainer import figures
-from trainer.attention import SPACE, AttentionMaps, Kind, attention_maps
+from trainer.attention import SPACE, AttentionMaps, Kind, attention_maps, each_pairs_maps
+from trainer.heads import NAMED_SHARE, PLACES, most, profiles
 from trainer.run import LoadedModel, load_model, open_checkpoints
 from trainer.translate import Translator
 
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 _LENGTHS, _LONGEST = (10, 7, 13, 17), 20
 # Sentences whose references tell what each head does in general.
 _MEASURED = 32
-# A head is named for what it does if so much of its weight goes there.
-_NAMED_SHARE = 0.4
 # All weights in the page, a byte each, before they are written as text.
 _MOST_BYTES = 600_000
 
@@ -41,19 +39,6 @@ _NAMES: dict[Kind, str] = {
     "cross": "cross-attention",
     "encoder": "encoder's self-attention",
     "decoder": "decoder's self-attention",
-}
-# Where a head looks from where it stands, in words; the decoder stands on the piece just written.
-_ENCODER_PLACES = {
-    -2: "two pieces back",
-    -1: "at the piece before",
-    0: "at the piece itself",
-    1: "at the piece behind",
-    2: "two pieces ahead",
-}
-_DECODER_PLACES = {
-    0: "at the piece just written",
-    -1: "at the piece before the one just written",
-    -2: "two pieces before the one just written",
 }
 
 
@@ -123,65 +108,60 @@ def _measured(
     """Maps of test sentences, the model made to write their references."""
     longest = loaded.config.model.max_positions - 1
     source, target = (loaded.vocabulary.encode(lines[:_MEASURED]) for lines in split)
-    return [
-        attention_maps(loaded, [*source_ids[:longest], EOS_ID], target_ids[:longest])
+    pairs = [
+        ([*source_ids[:longest], EOS_ID], target_ids[:longest])
         for source_ids, target_ids in zip(source, target, strict=True)
-        if source_ids and target_ids
     ]
+    return [maps for _, maps in each_pairs_maps(loaded, pairs)]
 
 
 def _noted(measured: list[AttentionMaps]) -> list[_Head]:
     """Heads that do something one can name, from what they do on average."""
-    if not measured:
+    found = profiles(measured)
+    if not found:
         return []
-    number = len(measured)
-
-    def mean(shares_LH: list[Tensor]) -> Tensor:
-        return torch.stack(shares_LH).mean(0)
-
-    # Without the last row, which writes the end, and the last column, the end of the source.
-    sharp_LH = mean([maps.cross[:, :, :-1, :-1].amax(-1).mean(-1) for maps in measured])
-    resting_LH = mean([maps.cross[:, :, :-1, -1].mean(-1) for maps in measured])
-    layer, head, share = _most(sharp_LH)
-    read = max(0, len(sharp_LH) - 2)
-    found = [
+    cross = found["cross"]
+    number = cross.sentences
+    layer, head, share = most(cross.sharpest)
+    num_layers, num_heads = cross.sharpest.shape
+    alone = (num_layers, num_heads) == (1, 1)
+    comparison = "" if alone else ", more than any other head"
+    noted = [
         _Head(
-            "cross", layer, head, "The sharpest head",
+            "cross", layer, head, "The alignment" if alone else "The sharpest head",
             "Each row is mostly one strong cell: for each piece that it writes, the model looks at "
             f"one piece of the source. {_where('cross', layer, head)} puts {_percent(share)} of "
-            "its weight on one piece, more than any other head (mean over "
-            f"{number} test sentences).",
-        ),
-        _Head(
-            "cross", read, None, "Where word alignments are read",
-            f"The mean over the heads of layer {read + 1}: the column of a row's strongest cell is "
-            "taken as the piece that is being translated.",
-        ),
-    ]  # fmt: skip
-    places: tuple[tuple[Kind, dict[int, str]], ...] = (
-        ("encoder", _ENCODER_PLACES),
-        ("decoder", _DECODER_PLACES),
-    )
-    for kind, words in places:
-        best = max(
-            (
-                (*_most(mean([_diagonal(maps.labelled(kind)[0], offset) for maps in measured])), at)
-                for offset, at in words.items()
-            ),
-            key=lambda place: place[2],
+            f"its weight on one piece{comparison} (mean over {number} test sentences).",
         )
-        layer, head, share, at = best
-        if share >= _NAMED_SHARE:
-            found.append(
+    ]  # fmt: skip
+    if not alone:
+        read = max(0, num_layers - 2)
+        of = (
+            f"The mean over the heads of layer {read + 1}" if num_heads > 1 else f"Layer {read + 1}"
+        )
+        noted.append(
+            _Head(
+                "cross", read, None if num_heads > 1 else 0, "Where word alignments are read",
+                f"{of}: the column of a row's strongest cell is taken as the piece that is being "
+                "translated.",
+            )
+        )  # fmt: skip
+    for kind, profile in found.items():
+        if kind == "cross":
+            continue
+        offset, shares_LH = profile.best_place()
+        layer, head, share = most(shares_LH)
+        if share >= NAMED_SHARE:
+            noted.append(
                 _Head(
-                    kind, layer, head, f"A head that looks {at}",
+                    kind, layer, head, f"A head that looks {PLACES[kind][offset]}",
                     "The strong cells lie along a diagonal, whatever the words are. "
                     f"{_where(kind, layer, head)} puts {_percent(share)} of its weight there.",
                 )
             )  # fmt: skip
-    layer, head, share = _most(resting_LH)
-    if share >= _NAMED_SHARE:
-        found.append(
+    layer, head, share = most(cross.edge)
+    if share >= NAMED_SHARE:
+        noted.append(
             _Head(
                 "cross", layer, head, "A head that rests",
                 f"The strong column is the end of the source, which says nothing about a word. "
@@ -189,20 +169,7 @@ def _noted(measured: list[AttentionMaps]) -> list[_Head]:
                 "of adding nothing.",
             )
         )  # fmt: skip
-    return found
-
-
-def _most(shares_LH: Tensor) -> tuple[int, int, float]:
-    index = int(shares_LH.argmax())
-    return (*divmod(index, shares_LH.size(1)), float(shares_LH.flatten()[index]))
-
-
-def _diagonal(weights_LHQK: Tensor, offset: int) -> Tensor:
-    """The mean weight [L, H] so many keys ahead of the query, where there is such a key."""
-    diagonal = weights_LHQK.diagonal(offset, dim1=-2, dim2=-1)
-    return (
-        diagonal.mean(-1) if diagonal.size(-1) else weights_LHQK.new_zeros(weights_LHQK.shape[:2])
-    )
+    return noted
 
 
 def _where(kind: Kind, layer: int, head: int | None) -> str:
@@ -235,13 +202,13 @@ def _explorer(
     sentences: list[dict[str, Any]] = []
     total = 0
     for one, source, target in zip(maps, sources, targets, strict=True):
-        total += sum(one.labelled(kind)[0].numel() for kind in _NAMES)
+        total += sum(weights.numel() for weights in one.weights.values())
         if total > _MOST_BYTES and sentences:
             break
         sentences.append({"source": source, "target": target, **_packed(one)})
     start = heads[0] if heads else None
     value = {
-        "names": _NAMES,
+        "names": {kind: _NAMES[kind] for kind in maps[0].kinds},
         "sentences": sentences,
         "start": {"layer": start.layer, "head": start.head} if start else {"layer": 0, "head": 0},
     }
@@ -252,7 +219,7 @@ def _explorer(
 def _packed(maps: AttentionMaps) -> dict[str, Any]:
     """By kind: labels, the numbers of layers and heads, and the weights, 255 for 1, in base64."""
     packed: dict[str, Any] = {}
-    for kind in _NAMES:
+    for kind in maps.kinds:
         weights, rows, columns = maps.labelled(kind)
         data = (255 * weights).round().to(torch.uint8).numpy().tobytes()
         packed[kind] = {

@@ -63,8 +63,12 @@ def select(maps: AttentionMaps, kind: Kind, layer: int | None, head: int | str) 
         head: a head's number from 1, "all", or "mean" for the mean over heads.
 
     Raises:
-        UserError: there is no such layer or head.
+        UserError: the model has no such attention, layer or head.
     """
+    if kind not in maps.kinds:
+        raise UserError(
+            f"--kind {kind}: this model has no self-attention, only --kind {', '.join(maps.kinds)}"
+        )
     weights_LHQK = maps.labelled(kind)[0].numpy()
     num_layers, num_heads = weights_LHQK.shape[:2]
     if layer is not None and not 1 <= layer <= num_layers:

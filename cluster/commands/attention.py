@@ -43,7 +43,7 @@ class _NumberOr(_ParamType):
     type=click.Choice(["cross", "encoder", "decoder"]),
     default="cross",
     show_default=True,
-    help="The decoder's attention to the source, or the self-attention of either.",
+    help="The decoder's attention to the source, or a Transformer's self-attention of either.",
 )
 @click.option(
     "--layer",
@@ -106,11 +106,12 @@ def attention(
     else:
         written = translator.encode(target)[:-1]
     maps = attention_maps(loaded, source, written)
+    if layer is None:
+        layer = max(1, len(maps.weights.get(kind, ())) - 1)
+    panels = select(maps, kind, layer if isinstance(layer, int) else None, head)
     weights, rows, columns = maps.labelled(kind)
-    number = max(1, len(weights) - 1) if layer is None else layer
-    panels = select(maps, kind, number if isinstance(number, int) else None, head)
     if output is None:
-        output = run_dir / "attention" / f"{kind}-layer-{number}-head-{head}.png"
+        output = run_dir / "attention" / f"{kind}-layer-{layer}-head-{head}.png"
     names = {"cross": "Cross-attention", "encoder": "Encoder self-attention"}
     write_image(
         output,
@@ -121,6 +122,6 @@ def attention(
         f"step {loaded.step:,}",
         row_name="pieces of the source" if kind == "encoder" else "pieces as they are predicted",
         column_name="pieces so far" if kind == "decoder" else "pieces of the source",
-        panels_a_row=maps.cross.shape[1] if (number, head) == ("all", "all") else None,
+        panels_a_row=weights.shape[1] if (layer, head) == ("all", "all") else None,
     )
     click.echo(str(output))

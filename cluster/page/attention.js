@@ -52,11 +52,21 @@ export class AttentionView {
     this.section.hidden = !maps;
     this.tooltip.hidden = true;
     if (!maps) return;
+    this.#offerKinds();
     this.#drawRibbon("source-ribbon", maps.source);
     this.#drawRibbon("target-ribbon", maps.outputs);
     this.layer = Math.min(this.layer ?? Infinity, maps[this.kind].length - 1);
-    this.head = Math.min(this.head, maps[this.kind][0].length - 1);
+    this.head = clamp(this.head, this.#firstHead, maps[this.kind][0].length - 1);
     this.#draw();
+  }
+
+  // A model without self-attention has only one kind: then there is nothing to choose.
+  #offerKinds() {
+    const inputs = [...this.section.querySelectorAll("input[name=kind]")];
+    for (const input of inputs) input.closest("label").hidden = !this.maps[input.value];
+    if (!this.maps[this.kind]) this.kind = "cross";
+    for (const input of inputs) input.checked = input.value === this.kind;
+    this.section.querySelector(".kinds").hidden = inputs.filter((input) => this.maps[input.value]).length < 2;
   }
 
   #chooseKind(kind) {
@@ -106,13 +116,19 @@ export class AttentionView {
     const layers = this.maps[this.kind];
     const box = byId("heads");
     box.replaceChildren();
-    box.style.gridTemplateColumns = `max-content repeat(${layers[0].length + 1}, minmax(30px, 64px))`;
-    const top = ["", "mean", ...layers[0].map((_, head) => head + 1)];
+    const first = this.#firstHead;
+    box.style.gridTemplateColumns = `max-content repeat(${layers[0].length - first}, minmax(30px, 64px))`;
+    const top = ["", ...(first < 0 ? ["mean"] : []), ...layers[0].map((_, head) => head + 1)];
     box.append(...top.map((text) => element("span", { className: "top", ariaHidden: "true" }, String(text))));
     layers.forEach((heads, layer) => {
       box.append(element("span", { className: "side", ariaHidden: "true" }, `layer ${layer + 1}`));
-      for (let head = -1; head < heads.length; head++) box.append(this.#thumb(layer, head));
+      for (let head = first; head < heads.length; head++) box.append(this.#thumb(layer, head));
     });
+  }
+
+  // The mean over the heads, where there are several.
+  get #firstHead() {
+    return this.maps[this.kind][0].length > 1 ? -1 : 0;
   }
 
   #thumb(layer, head) {
@@ -151,7 +167,7 @@ export class AttentionView {
       const layers = this.maps[this.kind];
       const [layer, head] = placeOf(thumb);
       this.#chooseHead(clamp(layer + step[0], 0, layers.length - 1),
-        clamp(head + step[1], -1, layers[0].length - 1));
+        clamp(head + step[1], this.#firstHead, layers[0].length - 1));
     });
   }
 

@@ -10,7 +10,9 @@ from click.testing import CliRunner, Result
 
 import cluster.cli
 from cluster.cli import cli
+from tests.cross_only import cross_only
 from tests.runs import make_run
+from trainer import run as trainer_run
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,17 @@ def test_wrong_input_is_told_and_nothing_written(
     assert part in result.stderr
     assert "Traceback" not in result.stderr
     assert not (run_dir / "attention").exists()
+
+
+def test_a_model_without_self_attention(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = trainer_run.load_model
+    monkeypatch.setattr("trainer.run.load_model", lambda *args, **kw: cross_only(load(*args, **kw)))
+    for kind in ("encoder", "decoder"):
+        result = attention(run_dir, "red dog", "--kind", kind)
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"babelray: error: --kind {kind}: this model has no self-attention, only --kind cross\n"
+        )
+    result = attention(run_dir, "red dog")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("cross-layer-1-head-mean.png\n")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.serve_app import Attention
 from cluster.serve_model import Engine, Job, padded_tokens
+from tests.cross_only import cross_only
 from tests.runs import make_run
 from trainer.config import EvaluationConfig
 from trainer.run import LoadedModel, load_model
@@ -82,6 +83,16 @@ def test_attention_of_the_first_line_with_text(engine: Engine) -> None:
     for row in maps.cross[1][3]:
         assert len(row) == len(maps.source)
         assert sum(row) == pytest.approx(1, abs=0.01)
+
+
+def test_of_a_model_without_self_attention_there_is_cross_attention(loaded: LoadedModel) -> None:
+    engine = Engine(cross_only(loaded), EVALUATION, max_num_best=1)
+    asked = engine.job(["red dog"], 1)
+    maps = engine.attention(asked, engine.translate([asked])[0])
+    assert isinstance(maps, Attention)
+    assert (len(maps.cross), len(maps.cross[0])) == (1, 1)
+    assert maps.encoder is None
+    assert maps.decoder is None
 
 
 def test_no_attention_for_nothing(engine: Engine) -> None:

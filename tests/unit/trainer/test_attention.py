@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_shards.config import EOS_ID, UNK_ID
+from tests.cross_only import cross_only
 from tests.runs import pairs
 from trainer import attention
 from trainer.attention import attention_maps, word_alignment
@@ -54,9 +55,12 @@ def test_shapes_and_labels(loaded, sentence):
     source, target = sentence
     maps = attention_maps(loaded, source, target)
     num_source, num_target = len(source), len(target) + 1
-    assert maps.encoder.shape == (1, 4, num_source, num_source)
-    assert maps.decoder.shape == (2, 4, num_target, num_target)
-    assert maps.cross.shape == (2, 4, num_target, num_source)
+    assert {kind: tuple(weights.shape) for kind, weights in maps.weights.items()} == {
+        "cross": (2, 4, num_target, num_source),
+        "encoder": (1, 4, num_source, num_source),
+        "decoder": (2, 4, num_target, num_target),
+    }
+    assert maps.kinds == ["cross", "encoder", "decoder"]
     assert maps.source[-1] == "</s>"
     assert maps.inputs == ["<s>", *loaded.vocabulary.pieces(target)]
     assert maps.outputs == [*loaded.vocabulary.pieces(target), "</s>"]
@@ -65,12 +69,12 @@ def test_shapes_and_labels(loaded, sentence):
 
 def test_every_row_is_a_distribution_and_the_decoder_looks_back_only(loaded, sentence):
     maps = attention_maps(loaded, *sentence)
-    for weights in (maps.encoder, maps.decoder, maps.cross):
+    for weights in maps.weights.values():
         assert weights.dtype == torch.float32
         assert bool((weights >= 0).all())
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    assert maps.decoder.triu(1).count_nonzero() == 0
-    assert bool((maps.decoder[:, :, 0, 0] == 1).all())
+    assert maps.weights["decoder"].triu(1).count_nonzero() == 0
+    assert bool((maps.weights["decoder"][:, :, 0, 0] == 1).all())
 
 
 def test_a_row_depends_on_nothing_that_is_written_later(loaded, sentence):
@@ -78,16 +82,17 @@ def test_a_row_depends_on_nothing_that_is_written_later(loaded, sentence):
     whole, part = (attention_maps(loaded, source, ids) for ids in (target, target[:2]))
     assert part.outputs[:2] == whole.outputs[:2]
     # Row t predicts outputs[t] and has read inputs[: t + 1].
-    torch.testing.assert_close(part.cross, whole.cross[:, :, :3])
     changed = attention_maps(loaded, source, [*target[:2], target[0], *target[3:]])
-    torch.testing.assert_close(changed.cross[:, :, :3], whole.cross[:, :, :3])
-    assert not torch.allclose(changed.cross[:, :, 3], whole.cross[:, :, 3], atol=1e-4)
+    of_part, of_whole, of_changed = (maps.weights["cross"] for maps in (part, whole, changed))
+    torch.testing.assert_close(of_part, of_whole[:, :, :3])
+    torch.testing.assert_close(of_changed[:, :, :3], of_whole[:, :, :3])
+    assert not torch.allclose(of_changed[:, :, 3], of_whole[:, :, 3], atol=1e-4)
 
 
 def test_an_empty_translation_has_one_row(loaded, sentence):
     maps = attention_maps(loaded, sentence[0], [])
     assert (maps.inputs, maps.outputs) == (["<s>"], ["</s>"])
-    assert maps.cross.shape[2] == 1
+    assert maps.weights["cross"].shape[2] == 1
 
 
 def test_alignment_by_hand(loaded):
@@ -160,3 +165,29 @@ def test_what_has_no_word_has_no_link(loaded):
         [],
     ]
     assert word_alignment(loaded, []) == []
+
+
+def test_a_model_with_cross_attention_only(loaded, sentence, monkeypatch):
+    alone = cross_only(loaded)
+    maps, whole = (attention_maps(model, *sentence) for model in (alone, loaded))
+    assert maps.kinds == ["cross"]
+    torch.testing.assert_close(maps.weights["cross"], whole.weights["cross"][-1:, :1])
+    # A batch is bounded by the maps that there are: 12 of the Transformer's, 1 here.
+    sizes = []
+    of_batch = attention._maps
+    monkeypatch.setattr(
+        attention, "_maps", lambda *args: sizes.append(len(args[1])) or of_batch(*args)
+    )
+    longest = max(len(sentence[0]), len(sentence[1]) + 1)
+    monkeypatch.setattr(attention, "_WEIGHTS_AT_ONCE", 4 * longest**2)
+    assert len(word_alignment(alone, [sentence] * 4)) == 4
+    assert sizes == [1, 4]  # one to ask how many maps there are
+    sizes.clear()
+    word_alignment(loaded, [sentence] * 4)
+    assert sizes == [1, 1, 1, 1, 1]
+
+
+def test_a_batch_is_bounded_by_its_pieces_too(loaded, monkeypatch):
+    monkeypatch.setattr(attention, "_PIECES_AT_ONCE", 10)
+    pairs = [([5] * 4 + [EOS_ID], [6] * 2)] * 5
+    assert list(attention._batches(cross_only(loaded), pairs)) == [[0, 1], [2, 3], [4]]

@@ -55,9 +55,8 @@ def test_heads_are_named_for_what_they_do():
     decoder = torch.full((2, 2, target, target), 1 / target).tril()
     decoder[1, 1] = torch.eye(target)
     letters = list("abcdefghij")
-    maps = AttentionMaps(
-        letters[:source], letters[:target], letters[:target], encoder, decoder, cross
-    )
+    weights = {"cross": cross, "encoder": encoder, "decoder": decoder}
+    maps = AttentionMaps(letters[:source], letters[:target], letters[:target], weights)
     found = exhibits_attention._noted([maps, maps])
     assert [(head.kind, head.layer, head.head) for head in found] == [
         ("cross", 1, 0), ("cross", 0, None), ("encoder", 0, 1), ("decoder", 1, 1), ("cross", 0, 1),
@@ -72,13 +71,24 @@ def test_heads_are_named_for_what_they_do():
     ]
     assert "Head 1 of layer 2 of the cross-attention puts 100 % of its weight" in found[0].caption
     # A head that does nothing in particular is not named for it.
-    plain = AttentionMaps(
-        letters[:source], letters[:target], letters[:target],
-        torch.full((1, 1, source, source), 1 / source),
-        torch.full((1, 1, target, target), 1 / target).tril(),
-        torch.full((1, 1, target, source), 1 / source),
-    )  # fmt: skip
+    weights = {
+        "cross": torch.full((2, 1, target, source), 1 / source),
+        "encoder": torch.full((1, 1, source, source), 1 / source),
+        "decoder": torch.full((1, 1, target, target), 1 / target).tril(),
+    }
+    plain = AttentionMaps(letters[:source], letters[:target], letters[:target], weights)
     assert [head.kind for head in exhibits_attention._noted([plain])] == ["cross"] * 2
+
+
+def test_of_a_single_attention_no_comparison_is_made():
+    cross = _one_hot([0, 1, 2, 3, 5], 6)[None, None]
+    maps = AttentionMaps(list("abcdef"), list("abcde"), list("abcde"), {"cross": cross})
+    [head] = exhibits_attention._noted([maps])
+    assert (head.kind, head.layer, head.head, head.heading) == ("cross", 0, 0, "The alignment")
+    assert "than any other" not in head.caption
+    page = json.loads(exhibits_attention._explorer([maps], ["a"], ["b"], [head]))
+    assert list(page["names"]) == ["cross"]
+    assert "encoder" not in page["sentences"][0]
 
 
 def test_the_first_heads_weights_are_drawn(shown):
@@ -92,7 +102,8 @@ def test_the_first_heads_weights_are_drawn(shown):
 def test_what_stands_in_a_script_cannot_end_it():
     nasty = "</script><b>&amp;"
     one = torch.ones(1, 1, 1, 1)
-    maps = AttentionMaps([nasty], [nasty], [nasty], one, one, one)
+    weights = {"cross": one, "encoder": one, "decoder": one}
+    maps = AttentionMaps([nasty], [nasty], [nasty], weights)
     text = exhibits_attention._explorer([maps], [nasty], [nasty], [])
     assert "<" not in text
     assert json.loads(text)["sentences"][0]["source"] == nasty
@@ -100,7 +111,8 @@ def test_what_stands_in_a_script_cannot_end_it():
 
 def test_a_page_stays_small(monkeypatch):
     one = torch.ones(1, 1, 1, 1)
-    maps = AttentionMaps(["a"], ["a"], ["a"], one, one, one)
+    weights = {"cross": one, "encoder": one, "decoder": one}
+    maps = AttentionMaps(["a"], ["a"], ["a"], weights)
     monkeypatch.setattr(exhibits_attention, "_MOST_BYTES", 7)
     text = exhibits_attention._explorer([maps] * 5, ["a"] * 5, ["b"] * 5, [])
     assert len(json.loads(text)["sentences"]) == 2

@@ -23,7 +23,8 @@ def maps():
         return numbers[:, :, None, None].expand(-1, -1, queries, keys)
 
     source, inputs, outputs = ["▁a", "</s>"], ["<s>", "▁b", "c"], ["▁b", "c", "</s>"]
-    return AttentionMaps(source, inputs, outputs, made(1, 2, 2), made(2, 3, 3), made(2, 3, 2))
+    weights = {"cross": made(2, 3, 2), "encoder": made(1, 2, 2), "decoder": made(2, 3, 3)}
+    return AttentionMaps(source, inputs, outputs, weights)
 
 
 def _panels(number, queries, keys):
