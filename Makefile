@@ -175,7 +175,13 @@ dashboard: setup ## Where live runs (or run NAME) can be watched; starts Prometh
 # One thread a process: many small models and several processes at a time, on however few cores.
 .PHONY: test
 test: setup ## Run the tests (those marked slow aside)
+ifeq ($(PYTEST),)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile \
+		tests/unit tests/k8s tests/chaos
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" tests/integration tests/system
+else
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(PYTEST)
+endif
 
 .PHONY: test-slow
 test-slow: setup ## Run the tests that take minutes each

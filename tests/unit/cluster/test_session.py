@@ -67,7 +67,13 @@ def test_the_address_of_the_jobs_api_is_for_launch(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "address", [f"127.0.0.1:{free_port()}", "[::1]:1", "no-such-host.invalid:6379", "ray://a:10001"]
+    "address",
+    [
+        pytest.param(f"127.0.0.1:{free_port()}", id="free-port"),
+        "[::1]:1",
+        "no-such-host.invalid:6379",
+        "ray://a:10001",
+    ],
 )
 def test_no_cluster_at_the_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
