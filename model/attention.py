@@ -1,349 +1,269 @@
-"""Scaled dot-product attention with several heads: a reference, a fused one and one for CPUs.
+"""Attention: one interface for every way to compare a query with a key, and to compute the rest.
 
-Shapes: B batch, H heads, T queries, S keys, K width of a head, D = H * K, N = B * H.
+``make_score`` gives a module that is called with queries, keys and values of one head or several:
 
-Source: Vaswani et al. 2017, section 3.2.
+- ``scaled_dot``: ``q . k / sqrt(K)`` (Vaswani et al. 2017, section 3.2.1);
+- ``dot``: ``q . k``, without the scale;
+- ``general``: ``q^T W k``, a matrix W for each head (Luong et al. 2015, section 3.1);
+- ``additive``: ``w^T tanh(q + k)``, a vector w for each head (Bahdanau et al. 2015, appendix A.1.2;
+  their matrices are the projections that make q and k).
+
+Each has a reference, which is the formula as it is written, and faster implementations equal to it.
+
+Shapes: B batch, H heads, T queries, S keys, K width of a head's queries and keys, V of its values.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from model.dropout import keep_mask
+from model.attention_kernels import (
+    additive_scores,
+    explicit_attention,
+    fused_attention,
+    use_explicit,
+)
+from model.config import ScoreName
+from model.dropout import dropout as drop_out
+from model.masks import causal_mask, local_mask, padding_mask, self_mask
 
+__all__ = [
+    "AdditiveScore",
+    "DotScore",
+    "GeneralScore",
+    "How",
+    "Score",
+    "ScoreName",
+    "causal_mask",
+    "local_mask",
+    "make_score",
+    "padding_mask",
+    "self_mask",
+    "use_explicit",
+    "weighted_sum",
+]
 
-def use_explicit(
-    device: torch.device, dtype: torch.dtype, num_queries: int, num_keys: int, *, gradients: bool
-) -> bool:
-    """Whether attention is computed step by step instead of by PyTorch's fused kernel.
-
-    Measured on an AVX-512 and AMX CPU, one thread, heads of 32 and 64, how many times as long the
-    fused kernel takes:
-
-    - with gradients, bfloat16: 2 to 10 up to 128 keys (its backward is slow where lengths are no
-      multiple of 16), 1.1 to 1.8 at 200 to 256, 0.5 to 1 from 300 on;
-    - with gradients, float32: 1.1 to 1.3 up to 16 keys, then 0.8 to 1.3 and less from 128 on;
-    - without, several queries: 1.1 to 2.7 up to 16 keys, 0.2 to 1 beyond;
-    - without, one query (a decoder's step): 0.2 to 0.6 in bfloat16, about 1 in float32.
-    """
-    if device.type != "cpu":
-        return False
-    if gradients:
-        return num_keys <= 16 if dtype == torch.float32 else num_queries * num_keys <= 256 * 256
-    return num_queries > 1 and num_keys <= 16
-
-
-def padding_mask(keep_BS: Tensor) -> Tensor:
-    """Additive float32 mask [B, 1, 1, S]: 0 where ``keep_BS`` is true, else minus infinity.
-
-    A row without any key to keep keeps its first, so that no softmax is ever over nothing: such a
-    row (an empty sentence) has a finite result that nobody reads, instead of NaN.
-    """
-    keep_BS = keep_BS.clone()
-    keep_BS[:, 0] = True
-    mask_BS = torch.zeros(keep_BS.shape, dtype=torch.float32, device=keep_BS.device)
-    return mask_BS.masked_fill_(~keep_BS, -math.inf)[:, None, None, :]
+# The formula; step by step with gradients by hand (a CPU); PyTorch's fused kernels; whichever of
+# them is fastest.
+How = Literal["fastest", "reference", "explicit", "fused"]
 
 
-def causal_mask(length: int, device: torch.device) -> Tensor:
-    """Additive float32 mask [1, 1, T, T] that hides later positions; cached, not to be changed."""
-    size = max(64, 1 << (length - 1).bit_length())
-    return _causal_square(size, device)[:, :, :length, :length]
-
-
-@lru_cache(maxsize=16)
-def _causal_square(size: int, device: torch.device) -> Tensor:
-    # A tensor made under inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        square = torch.full((size, size), -math.inf, dtype=torch.float32, device=device)
-        return square.triu_(1)[None, None]
-
-
-def reference_attention(
-    query_BHTK: Tensor, key_BHSK: Tensor, value_BHSK: Tensor, mask: Tensor | None
+def weighted_sum(
+    scores_BHTS: Tensor, value_BHSV: Tensor, mask: Tensor | None, *, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The formula as it is written: ``softmax(Q K^T / sqrt(K) + mask) V``.
+    """``softmax(scores + mask) V``: what every attention does with its scores.
 
     Args:
         mask: additive, broadcastable to [B, H, T, S], or None.
 
     Returns:
-        ``(output_BHTK, weights_BHTS)``; the weights in float32.
+        ``(output_BHTV, weights_BHTS)``: the weights before dropout, float32 at least.
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    scale = query_BHTK.size(-1) ** -0.5
-    scores_BHTS = (query_BHTK @ key_BHSK.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores_BHTS = scores_BHTS + mask
     weights_BHTS = scores_BHTS.softmax(-1)
-    return weights_BHTS.to(value_BHSK.dtype) @ value_BHSK, weights_BHTS
+    used_BHTS = drop_out(weights_BHTS.to(value_BHSV.dtype), dropout, training=True)
+    return used_BHTS @ value_BHSV, weights_BHTS
 
 
-def fused_attention(
-    query_BHTK: Tensor,
-    key_BHSK: Tensor,
-    value_BHSK: Tensor,
-    mask: Tensor | None,
-    *,
-    causal: bool = False,
-    dropout: float = 0.0,
-) -> Tensor:
-    """The same by PyTorch's fused kernels; ``causal`` adds the causal mask (with no ``mask``)."""
-    if mask is not None:
-        mask = mask.to(query_BHTK.dtype)
-    return functional.scaled_dot_product_attention(
-        query_BHTK, key_BHSK, value_BHSK, attn_mask=mask, is_causal=causal, dropout_p=dropout
-    )
+class Score(nn.Module, ABC):
+    """An attention: its score is what differs from one to another.
 
-
-def _weights(query_NTK: Tensor, key_NSK: Tensor, mask: Tensor | None, num_heads: int) -> Tensor:
-    """Attention weights [N, T, S] in the queries' type; the softmax is in float32 at least.
-
-    Written with element-wise steps: ``softmax`` over rows as short as a sentence (14 keys) takes
-    1.9 ms where amax, sub, exp, sum and div together take 0.25 ms (584 heads, float32, AVX-512).
-    """
-    precise = torch.promote_types(query_NTK.dtype, torch.float32)
-    scores_NTS = torch.bmm(query_NTK, key_NSK.transpose(1, 2)).to(precise)
-    scores_NTS.mul_(query_NTK.size(-1) ** -0.5)
-    if mask is not None:
-        num_rows, num_queries, num_keys = scores_NTS.shape
-        view = scores_NTS.view(num_rows // num_heads, num_heads, num_queries, num_keys)
-        view.add_(mask)
-    scores_NTS.sub_(scores_NTS.amax(-1, keepdim=True)).exp_()
-    scores_NTS.div_(scores_NTS.sum(-1, keepdim=True))
-    return scores_NTS.to(query_NTK.dtype)
-
-
-def attend(query_BHTK: Tensor, key_BHSK: Tensor, value_BHSK: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of heads that are split already, by what is fastest; for decoding, no gradients."""
-    num_batch, num_heads, num_queries, width = query_BHTK.shape
-    device, dtype, num_keys = query_BHTK.device, query_BHTK.dtype, key_BHSK.size(2)
-    if not use_explicit(device, dtype, num_queries, num_keys, gradients=False):
-        return fused_attention(query_BHTK, key_BHSK, value_BHSK, mask)
-    key_NSK, value_NSK = key_BHSK.flatten(0, 1), value_BHSK.flatten(0, 1)
-    weights_NTS = _weights(query_BHTK.flatten(0, 1), key_NSK, mask, num_heads)
-    return torch.bmm(weights_NTS, value_NSK).view(num_batch, num_heads, num_queries, width)
-
-
-def split_heads(packed_BLC: Tensor, num_heads: int, width: int) -> Tensor:
-    """[B, L, P * D] to [P, B, H, L, K] (a view): P is 3 for q, k, v, 2 for k, v, 1 for one."""
-    num_batch, length, columns = packed_BLC.shape
-    num_parts = columns // (num_heads * width)
-    return packed_BLC.view(num_batch, length, num_parts, num_heads, width).permute(2, 0, 3, 1, 4)
-
-
-def join_heads(output_BHTK: Tensor) -> Tensor:
-    """[B, H, T, K] to [B, T, D]."""
-    return output_BHTK.transpose(1, 2).flatten(2)
-
-
-class _ExplicitAttention(torch.autograd.Function):
-    """Attention from joined projections, gradients by hand: one copy in, one copy out.
-
-    PyTorch's own backward of the fused kernel takes half of a small model's step on a CPU, and the
-    automatic one of the explicit steps copies and casts what need not be.
+    Its parameters are used in its ``forward`` alone (ZeRO stage 3).
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BTD: Tensor | None,
-        packed_BSC: Tensor,
-        mask: Tensor | None,
-        num_heads: int,
-        width: int,
-        dropout: float,
-    ) -> Tensor:
-        with torch.autocast(packed_BSC.device.type, enabled=False):
-            packed_PNSK = split_heads(packed_BSC, num_heads, width).contiguous().flatten(1, 2)
-            if query_BTD is None:
-                query_NTK, key_NSK, value_NSK = packed_PNSK.unbind(0)
-            else:
-                query_PNTK = split_heads(query_BTD, num_heads, width).contiguous().flatten(1, 2)
-                query_NTK, (key_NSK, value_NSK) = query_PNTK[0], packed_PNSK.unbind(0)
-            weights_NTS = _weights(query_NTK, key_NSK, mask, num_heads)
-            used_NTS, drop = weights_NTS, None
-            if dropout > 0:
-                drop, scale = keep_mask(weights_NTS, dropout)
-                drop.mul_(scale)
-                used_NTS = weights_NTS * drop
-            output_NTK = torch.bmm(used_NTS, value_NSK)
-            ctx.save_for_backward(query_NTK, key_NSK, value_NSK, weights_NTS, drop, output_NTK)
-            ctx.num_heads, ctx.is_self = num_heads, query_BTD is None
-            return _join_parts(output_NTK[None], num_heads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        query_NTK, key_NSK, value_NSK, weights_NTS, drop, output_NTK = ctx.saved_tensors
-        num_heads, width = ctx.num_heads, query_NTK.size(-1)
-        num_parts = 3 if ctx.is_self else 2
-        with torch.autocast(grad_BTD.device.type, enabled=False):
-            grad_NTK = split_heads(grad_BTD, num_heads, width)[0].contiguous().flatten(0, 1)
-            packed_PNSK = key_NSK.new_empty((num_parts, *key_NSK.shape))
-            grad_query = packed_PNSK[0] if ctx.is_self else torch.empty_like(query_NTK)
-            grad_key, grad_value = packed_PNSK[-2], packed_PNSK[-1]
-
-            used_NTS = weights_NTS if drop is None else weights_NTS * drop
-            torch.bmm(used_NTS.transpose(1, 2), grad_NTK, out=grad_value)
-            grad_NTS = torch.bmm(grad_NTK, value_NSK.transpose(1, 2))
-            if drop is not None:
-                grad_NTS.mul_(drop)
-            # Softmax: dS = P * (dP - sum_s(P dP)), and that sum is the product of dO with O.
-            inner_NT1 = (grad_NTK * output_NTK).sum(-1, keepdim=True)
-            grad_NTS.sub_(inner_NT1).mul_(weights_NTS).mul_(width**-0.5)
-            torch.bmm(grad_NTS, key_NSK, out=grad_query)
-            torch.bmm(grad_NTS.transpose(1, 2), query_NTK, out=grad_key)
-
-            grad_packed = _join_parts(packed_PNSK, num_heads)
-            if ctx.is_self:
-                return None, grad_packed, None, None, None, None
-            return _join_parts(grad_query[None], num_heads), grad_packed, None, None, None, None
-
-
-def _join_parts(parts_PNLK: Tensor, num_heads: int) -> Tensor:
-    """[P, B * H, L, K] to [B, L, P * D]."""
-    num_parts, rows, length, width = parts_PNLK.shape
-    parts_PBHLK = parts_PNLK.view(num_parts, rows // num_heads, num_heads, length, width)
-    return parts_PBHLK.permute(1, 3, 0, 2, 4).flatten(2)
-
-
-class MultiHeadAttention(nn.Module):
-    """Several attentions in parallel over projections of the input, joined and projected again.
-
-    Self-attention joins its three input projections into one matrix product; attention over
-    another sequence joins those of keys and values.
-
-    Source: Vaswani et al. 2017, section 3.2.2.
-    """
-
-    def __init__(self, d_model: int, num_heads: int, *, dropout: float, over_memory: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.width = d_model // num_heads
-        self.dropout = dropout
-        self.over_memory = over_memory
-        if over_memory:
-            self.query = nn.Linear(d_model, d_model)
-            self.key_value = nn.Linear(d_model, 2 * d_model)
-        else:
-            self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.output = nn.Linear(d_model, d_model)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier uniform for each matrix, joined ones as the several they are; zero biases."""
-        for name, linear in self.named_children():
-            assert isinstance(linear, nn.Linear)
-            parts = {"query_key_value": 3, "key_value": 2}.get(name, 1)
-            for part in linear.weight.chunk(parts):
-                nn.init.xavier_uniform_(part)
-            nn.init.zeros_(linear.bias)
+    implementations: tuple[How, ...]
 
     def forward(
         self,
-        inputs_BTD: Tensor,
-        memory_BSD: Tensor | None = None,
+        query_BHTK: Tensor,
+        key_BHSK: Tensor,
+        value_BHSV: Tensor,
         mask: Tensor | None = None,
         *,
         causal: bool = False,
+        radius: int | None = None,
+        dropout: float = 0.0,
         record: list[Tensor] | None = None,
+        how: How = "fastest",
     ) -> Tensor:
-        """Attend from every position.
+        """Attend from every query; [B, H, T, V].
 
         Args:
-            inputs_BTD: the queries' side.
-            memory_BSD: the keys' side; None for self-attention.
-            mask: additive float32 mask, broadcastable to [B, H, T, S], or None.
-            causal: hide later positions (self-attention, with no ``mask``).
-            record: a list to which the weights [B, H, T, S] are appended; slower.
+            query_BHTK: of another type than the keys, they are cast to the keys'; values, too.
+            mask: additive, broadcastable to [B, H, T, S], or None.
+            causal: hide later positions; of self-attention, as ``radius``.
+            radius: hide positions further away than this. See ``masks.self_mask``.
+            dropout: probability to drop a weight; 0 outside training.
+            record: a list to which the weights [B, H, T, S], float32, are appended; slower.
+            how: which implementation.
+
+        Raises:
+            ValueError: this attention has no such implementation.
         """
-        if memory_BSD is None:
-            query_BTD, packed_BSC = None, self.query_key_value(inputs_BTD)
-        else:
-            query_BTD, packed_BSC = self.query(inputs_BTD), self.key_value(memory_BSD)
-        length = inputs_BTD.size(1)
-        dropout = self.dropout if self.training else 0.0
-        explicit = use_explicit(
-            packed_BSC.device,
-            packed_BSC.dtype,
-            length,
-            packed_BSC.size(1),
-            gradients=torch.is_grad_enabled(),
-        )
-        if causal and (explicit or record is not None):
-            mask = causal_mask(length, inputs_BTD.device)
-        if explicit and record is None:
-            joined_BTD = _ExplicitAttention.apply(  # type: ignore[no-untyped-call]
-                query_BTD, packed_BSC, mask, self.num_heads, self.width, dropout
-            )
-            return self.output(joined_BTD)  # type: ignore[no-any-return]
-        parts = split_heads(packed_BSC, self.num_heads, self.width)
-        query = parts[0] if query_BTD is None else self.heads(query_BTD)
-        key, value = parts[-2], parts[-1]
+        if how not in self.implementations:
+            known = ", ".join(self.implementations)
+            raise ValueError(f"{type(self).__name__} has no implementation {how!r}: {known}")
+        query_BHTK, value_BHSV = query_BHTK.to(key_BHSK.dtype), value_BHSV.to(key_BHSK.dtype)
+        query_BHTK = self.transformed(query_BHTK)
         if record is not None:
-            result, weights = reference_attention(query, key, value, mask)
-            record.append(weights)
-        else:
-            result = fused_attention(
-                query, key, value, mask, causal=causal and mask is None, dropout=dropout
-            )
-        return self.output(join_heads(result))  # type: ignore[no-any-return]
+            how = "reference"
+        length, device = query_BHTK.size(2), query_BHTK.device
+        if not (how in {"fused", "fastest"} and causal and radius is None and mask is None):
+            mask = self_mask(mask, length, device, causal=causal, radius=radius)
+            causal = False
+        if how != "reference":
+            return self.computed(query_BHTK, key_BHSK, value_BHSV, mask, causal, dropout, how)
+        scores_BHTS = self.scores(query_BHTK, key_BHSK)
+        output_BHTV, weights_BHTS = weighted_sum(scores_BHTS, value_BHSV, mask, dropout=dropout)
+        if record is not None:
+            record.append(weights_BHTS.float())
+        return output_BHTV
 
-    def heads(self, inputs_BLD: Tensor) -> Tensor:
-        """[B, L, D] to [B, H, L, K] (a view)."""
-        return split_heads(inputs_BLD, self.num_heads, self.width)[0]
+    def plain_scale(self, width: int) -> float | None:
+        """The factor of dot products of queries and keys as they are; None for other scores."""
+        return None
 
-    def step(
-        self, inputs_ND: Tensor, cache: tuple[Tensor, Tensor], first: int, mask: Tensor | None
-    ) -> Tensor:
-        """Self-attention of one new position over the cache, without gradients.
+    def transformed(self, query_BHTK: Tensor) -> Tensor:
+        """What the scores are made of instead of the query."""
+        return query_BHTK
 
-        Args:
-            inputs_ND: the new position of every hypothesis, J a sentence, one sentence after the
-                other.
-            cache: keys and values [B, H, C, K]; the new ones are written from place ``first`` on.
-            mask: additive, [B, 1, J, first + J]: what each hypothesis may see; None for all.
-        """
-        num_batch, num_heads, _, width = cache[0].shape
-        parts_BJC = self.query_key_value(inputs_ND).view(num_batch, -1, 3 * num_heads * width)
-        query, *new = split_heads(parts_BJC, num_heads, width)
-        end = first + query.size(2)
-        for store, part in zip(cache, new, strict=True):
-            store[:, :, first:end] = part
-        key, value = (store[:, :, :end] for store in cache)
-        return self.output(join_heads(attend(query, key, value, mask)).view_as(inputs_ND))  # type: ignore[no-any-return]
+    @abstractmethod
+    def scores(self, query_BHTK: Tensor, key_BHSK: Tensor) -> Tensor:
+        """The reference: scores [B, H, T, S] of transformed queries, float32 at least."""
 
-    def memory_heads(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, K] of the memory, made once for all steps."""
-        parts = split_heads(self.key_value(memory_BSD), self.num_heads, self.width)
-        return parts[0].contiguous(), parts[1].contiguous()
-
-    def step_over(
+    @abstractmethod
+    def computed(
         self,
-        inputs_ND: Tensor,
-        memory: tuple[Tensor, Tensor],
+        query_BHTK: Tensor,
+        key_BHSK: Tensor,
+        value_BHSV: Tensor,
         mask: Tensor | None,
-        record: list[Tensor] | None = None,
+        causal: bool,
+        dropout: float,
+        how: How,
     ) -> Tensor:
-        """Attention of one new position of every hypothesis over its sentence's memory.
+        """Attention of transformed queries by an implementation that is no reference."""
 
-        The J hypotheses of a sentence are as many queries, so that keys and values exist once a
-        sentence. ``record`` takes the weights [B, H, J, S].
-        """
-        key, value = memory
-        query = self.heads(self.query(inputs_ND).view(key.size(0), -1, inputs_ND.size(-1)))
-        if record is None:
-            result = attend(query, key, value, mask)
-        else:
-            result, weights = reference_attention(query, key, value, mask)
-            record.append(weights)
-        return self.output(join_heads(result).view_as(inputs_ND))  # type: ignore[no-any-return]
+
+class DotScore(Score):
+    """``q . k``, scaled by ``1 / sqrt(K)`` or not."""
+
+    implementations = ("fastest", "reference", "explicit", "fused")
+
+    def __init__(self, *, scaled: bool) -> None:
+        super().__init__()
+        self.scaled = scaled
+
+    def plain_scale(self, width: int) -> float | None:
+        """See ``Score``."""
+        return self._scale(width)
+
+    def _scale(self, width: int) -> float:
+        return width**-0.5 if self.scaled else 1.0
+
+    def scores(self, query_BHTK: Tensor, key_BHSK: Tensor) -> Tensor:
+        """See ``Score``."""
+        products_BHTS = query_BHTK @ key_BHSK.transpose(-1, -2)
+        precise = torch.promote_types(products_BHTS.dtype, torch.float32)
+        return products_BHTS.to(precise) * self._scale(query_BHTK.size(-1))
+
+    def computed(
+        self,
+        query_BHTK: Tensor,
+        key_BHSK: Tensor,
+        value_BHSV: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        dropout: float,
+        how: How,
+    ) -> Tensor:
+        """See ``Score``."""
+        length, gradients = query_BHTK.size(2), torch.is_grad_enabled()
+        scale, device = self._scale(query_BHTK.size(-1)), query_BHTK.device
+        if how == "fastest" and use_explicit(
+            device, query_BHTK.dtype, length, key_BHSK.size(2), gradients=gradients
+        ):
+            how = "explicit"
+        if how != "explicit":
+            heads = query_BHTK, key_BHSK, value_BHSV
+            return fused_attention(*heads, mask, scale=scale, causal=causal, dropout=dropout)
+        if causal:
+            mask = causal_mask(length, device)
+        return explicit_attention(
+            query_BHTK, key_BHSK, value_BHSV, mask, scale=scale, dropout=dropout
+        )
+
+
+class GeneralScore(DotScore):
+    """``q^T W k``: a dot product with the query seen through a matrix, one for each head."""
+
+    def __init__(self, num_heads: int, width: int) -> None:
+        super().__init__(scaled=False)
+        self.weight = nn.Parameter(torch.empty(num_heads, width, width))
+        for matrix in self.weight.unbind(0):
+            nn.init.xavier_uniform_(matrix)
+
+    def plain_scale(self, width: int) -> float | None:
+        """See ``Score``."""
+        return None
+
+    def transformed(self, query_BHTK: Tensor) -> Tensor:
+        """``W^T q``."""
+        num_batch, num_heads, length, width = query_BHTK.shape
+        query_HMK = query_BHTK.transpose(0, 1).reshape(num_heads, num_batch * length, width)
+        product_HMK = torch.bmm(query_HMK, self.weight.to(query_HMK.dtype))
+        return product_HMK.view(num_heads, num_batch, length, width).transpose(0, 1)
+
+
+class AdditiveScore(Score):
+    """``w^T tanh(q + k)``: a hidden layer for each query and key."""
+
+    implementations = ("fastest", "reference", "explicit")
+
+    def __init__(self, num_heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, width))
+        bound = math.sqrt(3 / width)  # a variance of 1 / K
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def scores(self, query_BHTK: Tensor, key_BHSK: Tensor) -> Tensor:
+        """See ``Score``."""
+        precise = torch.promote_types(query_BHTK.dtype, torch.float32)
+        query_BHTK, key_BHSK = query_BHTK.to(precise), key_BHSK.to(precise)
+        hidden_BHTSK = (query_BHTK[:, :, :, None] + key_BHSK[:, :, None]).tanh()
+        return (hidden_BHTSK * self.weight.to(precise)[:, None, None]).sum(-1)
+
+    def computed(
+        self,
+        query_BHTK: Tensor,
+        key_BHSK: Tensor,
+        value_BHSV: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        dropout: float,
+        how: How,
+    ) -> Tensor:
+        """See ``Score``."""
+        if causal:
+            mask = causal_mask(query_BHTK.size(2), query_BHTK.device)
+        scores_BHTS = additive_scores(query_BHTK, key_BHSK, self.weight)
+        return weighted_sum(scores_BHTS, value_BHSV, mask, dropout=dropout)[0]
+
+
+def make_score(name: ScoreName, num_heads: int, width: int) -> Score:
+    """An attention by its name, freshly initialised, of heads with queries and keys so wide."""
+    match name:
+        case "general":
+            return GeneralScore(num_heads, width)
+        case "additive":
+            return AdditiveScore(num_heads, width)
+        case _:
+            return DotScore(scaled=name == "scaled_dot")

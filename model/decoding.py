@@ -7,6 +7,7 @@ places of a sentence's cache, L those in use: J for each position so far.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -70,6 +71,21 @@ class RowState:
         ]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Of a cache, at one step.
+
+    Attributes:
+        new: the J places that the new position takes.
+        seen: those that are seen from it, its own included, L of them.
+        mask: additive, [B, 1, J, L]: which of them are a hypothesis' own past; None for all.
+    """
+
+    new: slice
+    seen: slice
+    mask: Tensor | None
+
+
 class AttentionState:
     """Keys and values of the source, made once, and those of the target so far.
 
@@ -82,35 +98,41 @@ class AttentionState:
         memory_mask: additive mask of its padding, [B, 1, 1, S], or None.
         caches: of each layer, keys and values of the target, [B, H, C, K] each.
         width: hypotheses a sentence, J.
+        radius: how many positions back are seen; None for all.
         length: positions decoded.
     """
 
     def __init__(
-        self, memory: list[tuple[Tensor, Tensor]], memory_mask: Tensor | None, width: int
+        self,
+        memory: list[tuple[Tensor, Tensor]],
+        memory_mask: Tensor | None,
+        width: int,
+        radius: int | None = None,
     ) -> None:
         self.memory = memory
-        self.width = width
+        self.width, self.radius = width, radius
         self.length = 0
         sample = memory[0][0]
         self.memory_mask = None if memory_mask is None else memory_mask.to(sample.dtype)
-        num_sentences, num_heads, _, head_width = sample.shape
-        empty = (num_sentences, num_heads, 0, head_width)
-        self.caches = [(sample.new_empty(empty), sample.new_empty(empty)) for _ in memory]
+        # Values may be of another width than keys.
+        self.caches = [(keys[:, :, :0], values[:, :, :0]) for keys, values in memory]
         # What each hypothesis may see of the places in use, [B, 1, J, L]: 0 or minus infinity.
-        self._visible = sample.new_empty((num_sentences, 1, width, 0))
+        self._visible = sample.new_empty((sample.size(0), 1, width, 0))
         self._own = sample.new_full((width, width), -math.inf).fill_diagonal_(0)
 
-    def advance(self) -> Tensor | None:
-        """Make room for one more position; the mask of what is seen from it, [B, 1, J, L]."""
-        used = (self.length + 1) * self.width
-        if used > self.caches[0][0].size(2):
+    def advance(self) -> Places:
+        """Make room for one more position."""
+        first, end = self.length * self.width, (self.length + 1) * self.width
+        if end > self.caches[0][0].size(2):
             self.caches = [(self._grown(keys), self._grown(values)) for keys, values in self.caches]
+        # A position's places lie side by side, so a neighbourhood is a slice.
+        far = 0 if self.radius is None else max(0, self.length - self.radius) * self.width
         self.length += 1
         if self.width == 1:
-            return None
+            return Places(slice(first, end), slice(far, end), None)
         own = self._own.expand(self._visible.size(0), 1, -1, -1)
         self._visible = torch.cat([self._visible, own], dim=3)
-        return self._visible
+        return Places(slice(first, end), slice(far, end), self._visible[..., far:])
 
     def _grown(self, cache: Tensor) -> Tensor:
         shape = list(cache.shape)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.attention import MultiHeadAttention
 from model.config import ModelConfig
+from model.decoding import Places
 from model.dropout import dropout, dropout_add
+from model.multi_head import MultiHeadAttention
 
 
 @lru_cache(maxsize=16)
@@ -91,6 +92,19 @@ class FeedForward(nn.Module):
         return self.outer(dropout(hidden, self.dropout, training=self.training))  # type: ignore[no-any-return]
 
 
+def _attention(config: ModelConfig, *, over_memory: bool) -> MultiHeadAttention:
+    return MultiHeadAttention(
+        config.d_model,
+        config.num_heads,
+        dropout=config.attention_dropout,
+        over_memory=over_memory,
+        key_width=config.key_width,
+        value_width=config.value_width,
+        score=config.attention,
+        radius=None if over_memory else config.local_radius,
+    )
+
+
 class _Layer(nn.Module):
     """What encoder and decoder layers share: the residual around each sub-layer."""
 
@@ -98,9 +112,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.dropout = config.dropout
-        self.attention = MultiHeadAttention(
-            config.d_model, config.num_heads, dropout=config.attention_dropout, over_memory=False
-        )
+        self.attention = _attention(config, over_memory=False)
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
@@ -135,9 +147,7 @@ class DecoderLayer(_Layer):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.cross = MultiHeadAttention(
-            config.d_model, config.num_heads, dropout=config.attention_dropout, over_memory=True
-        )
+        self.cross = _attention(config, over_memory=True)
         self.cross_norm = nn.LayerNorm(config.d_model)
 
     def forward(
@@ -165,8 +175,7 @@ class DecoderLayer(_Layer):
         self,
         states_ND: Tensor,
         cache: tuple[Tensor, Tensor],
-        first: int,
-        mask: Tensor | None,
+        places: Places,
         memory: tuple[Tensor, Tensor],
         memory_mask: Tensor | None,
         cross_record: list[Tensor] | None = None,
@@ -175,7 +184,7 @@ class DecoderLayer(_Layer):
         states_ND = self.residual(
             states_ND,
             self.attention_norm,
-            lambda x: self.attention.step(x, cache, first, mask),
+            lambda x: self.attention.step(x, cache, places),
         )
         states_ND = self.residual(
             states_ND,

@@ -58,7 +58,7 @@ class Transformer(EncoderDecoder):
         """Encode, and open the caches for ``width`` hypotheses a sentence; no gradients."""
         memory_BSD, mask = self._encode(source_BS)
         memory = [_decoder_layer(layer).cross.memory_heads(memory_BSD) for layer in self.decoder]
-        return AttentionState(memory, mask, width)
+        return AttentionState(memory, mask, width, self.config.local_radius)
 
     def step(
         self, ids_N: Tensor, state: AttentionState, record: list[Tensor] | None = None
@@ -70,15 +70,13 @@ class Transformer(EncoderDecoder):
         """
         embedded_N1D = self.matrix("target", ids_N[:, None], "embed")
         states_ND = self.target_positions(embedded_N1D, state.length)[:, 0]
-        first = state.length * state.width
-        mask = state.advance()
+        places = state.advance()
         last = len(self.decoder) - 1
         for index, layer in enumerate(self.decoder):
             states_ND = _decoder_layer(layer).step(
                 states_ND,
                 state.caches[index],
-                first,
-                mask,
+                places,
                 state.memory[index],
                 state.memory_mask,
                 record if index == last else None,

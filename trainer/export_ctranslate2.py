@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from data_shards.config import BOS_ID, EOS_ID, UNK_ID
 from data_shards.errors import UserError
 from data_shards.vocabulary import Vocabulary
-from model.attention import MultiHeadAttention
 from model.config import ModelConfig
 from model.layers import DecoderLayer, EncoderLayer, FeedForward, Positions, sinusoids
+from model.multi_head import MultiHeadAttention
 from model.transformer import Transformer
 from trainer.config import RunConfig
 from trainer.run import LoadedModel

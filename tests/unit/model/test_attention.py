@@ -1,34 +1,36 @@
-"""Every implementation of attention against the formula, and against numbers worked by hand."""
+"""Every implementation of every attention against its formula, and against numbers by hand."""
 
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from model import attention
+from model import attention, attention_kernels
 from model.attention import (
-    MultiHeadAttention,
-    attend,
+    Score,
+    ScoreName,
     causal_mask,
-    fused_attention,
+    local_mask,
+    make_score,
     padding_mask,
-    reference_attention,
+    self_mask,
+    use_explicit,
 )
 
 SHAPES = [(3, 5, 5), (2, 1, 7), (2, 16, 16), (1, 33, 20)]
+NAMES = get_args(ScoreName)
+HEADS, KEYS, VALUES = 4, 8, 6
 
 
-def _choose(monkeypatch: pytest.MonkeyPatch, explicit: bool) -> None:
-    monkeypatch.setattr(attention, "use_explicit", lambda *_, **__: explicit)
-
-
-def _heads(batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(batch: int, queries: int, keys: int, *, values: int = VALUES) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(queries)
-    draw = lambda length: torch.randn(batch, 4, length, 8, generator=generator)  # noqa: E731
-    return draw(queries), draw(keys), draw(keys)
+    shapes = (queries, KEYS), (keys, KEYS), (keys, values)
+    return tuple(torch.randn(batch, HEADS, *shape, generator=generator) for shape in shapes)
 
 
 def _padding(batch: int, keys: int) -> Tensor:
@@ -36,116 +38,128 @@ def _padding(batch: int, keys: int) -> Tensor:
     return padding_mask(torch.arange(keys)[None, :] < lengths[:, None])
 
 
+def _score(name: ScoreName, *, width: int = KEYS) -> Score:
+    torch.manual_seed(4)
+    return make_score(name, HEADS, width)
+
+
+def _others(score: Score) -> list[attention.How]:
+    return [how for how in score.implementations if how != "reference"]
+
+
+def _plain_loops(score: Score, query: Tensor, key: Tensor) -> Tensor:
+    """Scores [B, H, T, S], one number at a time, by the papers' formulas."""
+    batch, heads, queries, width = query.shape
+    scores = torch.empty(batch, heads, queries, key.size(2))
+    for b, h, t, s in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape)).tolist():
+        q, k = query[b, h, t], key[b, h, s]
+        match score:
+            case attention.AdditiveScore():
+                scores[b, h, t, s] = sum(score.weight[h] * torch.tanh(q + k))
+            case attention.GeneralScore():
+                scores[b, h, t, s] = q @ (score.weight[h] @ k)
+            case attention.DotScore(scaled=True):
+                scores[b, h, t, s] = (q @ k) / math.sqrt(width)
+            case _:
+                scores[b, h, t, s] = q @ k
+    return scores
+
+
 def test_the_reference_equals_numbers_worked_by_hand() -> None:
     query = torch.tensor([[[[2.0, 0.0]]]])
     key = torch.tensor([[[[math.log(3) / math.sqrt(2), 5.0], [0.0, -5.0]]]])
     value = torch.tensor([[[[4.0, 0.0], [0.0, 8.0]]]])
-    output, weights = reference_attention(query, key, value, None)
+    record: list[Tensor] = []
+    score = make_score("scaled_dot", 1, 2)
+    output = score(query, key, value, record=record)
     # Scores log 3 and 0: weights 3/4 and 1/4.
-    torch.testing.assert_close(weights, torch.tensor([[[[0.75, 0.25]]]]))
+    torch.testing.assert_close(record[0], torch.tensor([[[[0.75, 0.25]]]]))
     torch.testing.assert_close(output, torch.tensor([[[[3.0, 2.0]]]]))
+    # Without the scale sqrt(2) log 3 and 0.
+    output = make_score("dot", 1, 2)(query, key, value, how="reference")
+    odds = 3 ** math.sqrt(2)
+    torch.testing.assert_close(output, torch.tensor([[[[4 * odds / (1 + odds), 8 / (1 + odds)]]]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_is_the_papers_formula(name: ScoreName) -> None:
+    score = _score(name)
+    query, key, value = _heads(2, 3, 4)
+    record: list[Tensor] = []
+    output = score(query, key, value, _padding(2, 4), record=record)
+    scores = _plain_loops(score, query, key)
+    hidden = torch.arange(4)[None, :] >= torch.tensor([1, 2])[:, None]
+    expected = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)
+    torch.testing.assert_close(record[0], expected, rtol=1e-5, atol=1e-6)
+    assert record[0].shape == (2, HEADS, 3, 4)
+    torch.testing.assert_close(
+        output, torch.einsum("bhts,bhsv->bhtv", expected, value), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_and_explicit_equal_the_reference(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], masked: bool
+@pytest.mark.parametrize("name", NAMES)
+def test_every_implementation_equals_the_reference_with_gradients(
+    monkeypatch: pytest.MonkeyPatch, name: ScoreName, shape: tuple[int, int, int], masked: bool
 ) -> None:
-    heads = _heads(*shape)
+    # Of the additive hidden layer a few rows or queries at a time, the last piece shorter.
+    monkeypatch.setitem(attention_kernels._ADDITIVE_ELEMENTS, "cpu", 1000)
+    score = _score(name)
+    heads = tuple(part.requires_grad_() for part in _heads(*shape))
     mask = _padding(shape[0], shape[2]) if masked else None
-    expected, _ = reference_attention(*heads, mask)
-    torch.testing.assert_close(fused_attention(*heads, mask), expected, rtol=1e-5, atol=1e-5)
-    for explicit in (False, True):
-        _choose(monkeypatch, explicit)
-        torch.testing.assert_close(attend(*heads, mask), expected, rtol=1e-5, atol=1e-5)
+    leaves = [*heads, *score.parameters()]
+
+    def of(how: attention.How) -> list[Tensor]:
+        output = score(*heads, mask, how=how)
+        weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+        return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
+
+    expected = of("reference")
+    for how in _others(score):
+        for one, other in zip(of(how), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+        with torch.no_grad():
+            output = score(*heads, mask, how=how)
+        torch.testing.assert_close(output, expected[0].detach(), rtol=1e-5, atol=1e-5)
 
 
-def _module(*, over_memory: bool, dropout: float = 0.0) -> MultiHeadAttention:
-    torch.manual_seed(1)
-    return MultiHeadAttention(32, 4, dropout=dropout, over_memory=over_memory)
-
-
-def _gradients(module: MultiHeadAttention, *arguments: Tensor | None, causal: bool = False):  # type: ignore[no-untyped-def]
-    inputs, memory, mask = arguments
-    leaves = [leaf for leaf in (inputs, memory) if leaf is not None]
-    output = module(inputs, memory, mask, causal=causal)
-    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
-    return output, *torch.autograd.grad((output * weights).sum(), [*leaves, *module.parameters()])
-
-
-@pytest.mark.parametrize("case", ["self", "causal", "memory"])
+@pytest.mark.parametrize(("causal", "radius"), [(True, None), (False, 2), (True, 3), (False, 0)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_explicit_training_path_equals_the_fused_one(
-    monkeypatch: pytest.MonkeyPatch, case: str, masked: bool
+@pytest.mark.parametrize("name", NAMES)
+def test_what_self_attention_may_see(
+    name: ScoreName, masked: bool, causal: bool, radius: int | None
 ) -> None:
-    module = _module(over_memory=case == "memory")
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(3, 6, 32, generator=generator, requires_grad=True)
-    memory = None
-    if case == "memory":
-        memory = torch.randn(3, 9, 32, generator=generator, requires_grad=True)
-    mask = _padding(3, 9 if case == "memory" else 6) if masked and case != "causal" else None
-    _choose(monkeypatch, True)
-    explicit = _gradients(module, inputs, memory, mask, causal=case == "causal")
-    _choose(monkeypatch, False)
-    fused = _gradients(module, inputs, memory, mask, causal=case == "causal")
-    for one, other in zip(explicit, fused, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    score = _score(name)
+    heads = _heads(3, 9, 9)
+    mask = _padding(3, 9) if masked else None
+    record: list[Tensor] = []
+    expected = score(*heads, mask, causal=causal, radius=radius, record=record)
+    for how in _others(score):
+        output = score(*heads, mask, causal=causal, radius=radius, how=how)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    row, column = torch.arange(9)[:, None], torch.arange(9)[None, :]
+    allowed = torch.ones(9, 9, dtype=torch.bool)
+    if causal:
+        allowed &= column <= row
+    if radius is not None:
+        allowed &= (row - column).abs() <= radius
+    for sentence, length in enumerate((1, 2, 3) if masked else (9, 9, 9)):
+        open_ = allowed & (column < length)
+        seen = record[0][sentence] > 0
+        assert torch.equal(seen[:, :length], open_[:length].expand(HEADS, -1, -1))
+        # Padding sees something, itself at least: never a softmax over nothing.
+        assert bool(seen[:, length:].any(-1).all())
 
 
-def test_attention_dropout_has_the_gradients_of_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    # With the draws fixed the explicit path is a smooth function: check it by differences.
-    module = _module(over_memory=False, dropout=0.4).double()
-    inputs = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
-
-    def fixed(like: Tensor, probability: float) -> tuple[Tensor, float]:
-        generator = torch.Generator().manual_seed(8)
-        kept = torch.rand(like.shape, generator=generator) >= probability
-        return kept.to(like.dtype), 1 / (1 - probability)
-
-    _choose(monkeypatch, True)
-    monkeypatch.setattr(attention, "keep_mask", fixed)
-    torch.autograd.gradcheck(module, (inputs,))
-
-
-def test_attention_dropout_only_in_training() -> None:
-    module = _module(over_memory=False, dropout=0.5)
-    inputs = torch.randn(2, 5, 32)
-    assert not torch.equal(module(inputs), module(inputs))
-    module.eval()
-    assert torch.equal(module(inputs), module(inputs))
-
-
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_without_keys_is_finite(
-    monkeypatch: pytest.MonkeyPatch, explicit: bool, dtype: torch.dtype
-) -> None:
-    _choose(monkeypatch, explicit)
-    module = _module(over_memory=False).to(dtype)
-    inputs = torch.randn(2, 4, 32, dtype=dtype, requires_grad=True)
-    keep = torch.tensor([[True, True, False, False], [False, False, False, False]])
-    output = module(inputs, None, padding_mask(keep))
-    output.float().sum().backward()
-    assert inputs.grad is not None
-    assert bool(torch.isfinite(output).all())
-    assert bool(torch.isfinite(inputs.grad).all())
-
-
-def test_huge_scores_neither_overflow_nor_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
-    _choose(monkeypatch, True)
-    heads = tuple(tensor * 1e4 for tensor in _heads(2, 5, 6))
-    expected, _ = reference_attention(*heads, None)
-    torch.testing.assert_close(attend(*heads, None), expected)
-    assert bool(torch.isfinite(expected).all())
-
-
-def test_only_short_attention_on_a_cpu_is_explicit() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for gradients in (False, True):
-        assert attention.use_explicit(cpu, torch.bfloat16, 14, 14, gradients=gradients)
-        assert not attention.use_explicit(cpu, torch.bfloat16, 999, 999, gradients=gradients)
-        assert not attention.use_explicit(cuda, torch.bfloat16, 14, 14, gradients=gradients)
+def test_a_mask_restricted_to_a_neighbourhood() -> None:
+    cpu = torch.device("cpu")
+    near = local_mask(70, 3, cpu, causal=False)[0, 0] == 0
+    distance = (torch.arange(70)[:, None] - torch.arange(70)).abs()
+    assert torch.equal(near, distance <= 3)
+    assert torch.equal(local_mask(70, 3, cpu, causal=True)[0, 0] == 0, near.tril())
+    padding = _padding(3, 9)
+    assert self_mask(padding, 9, cpu, causal=False, radius=None) is padding
 
 
 def test_causal_mask_is_lower_triangular_and_cached() -> None:
@@ -156,10 +170,125 @@ def test_causal_mask_is_lower_triangular_and_cached() -> None:
     assert causal_mask(100, torch.device("cpu")).shape == (1, 1, 100, 100)
 
 
-def test_joined_projections_are_initialised_as_several_matrices() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_a_row_of_the_whole(name: ScoreName) -> None:
+    # J hypotheses of a sentence as so many queries; keys and values made once.
+    score = _score(name)
+    query, key, value = _heads(3, 5, 7)
+    mask = _padding(3, 7)
+    whole = score(query, key, value, mask)
+    with torch.inference_mode():
+        for step in range(0, 4, 2):
+            record: list[Tensor] = []
+            some = query[:, :, step : step + 2]
+            stepped = score(some, key, value, mask)
+            recorded = score(some, key, value, mask, record=record)
+            for output in (stepped, recorded):
+                torch.testing.assert_close(
+                    output, whole[:, :, step : step + 2], rtol=1e-5, atol=1e-5
+                )
+            assert record[0].shape == (3, HEADS, 2, 7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_close_to_float32(name: ScoreName, autocast: bool) -> None:
+    score = _score(name)
+    heads = _heads(2, 6, 6)
+    expected = score(*heads, how="reference")
+    if not autocast:
+        score.bfloat16()
+    narrow = tuple(part.bfloat16() for part in heads)
+    for how in score.implementations:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            # As an LSTM's states under autocast: a query of another type than the keys.
+            output = score(heads[0], *narrow[1:], how=how)
+        assert output.dtype == torch.bfloat16
+        # The products of unscaled scores have an error of 2**-9 of up to 15.
+        torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.06)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_has_the_gradients_of_its_mask(
+    monkeypatch: pytest.MonkeyPatch, name: ScoreName
+) -> None:
+    # With the draws fixed every implementation is a smooth function: check it by differences.
+    def fixed(like: Tensor, probability: float) -> tuple[Tensor, float]:
+        kept = torch.rand(like.shape, generator=torch.Generator().manual_seed(8)) >= probability
+        return kept.to(like.dtype), 1 / (1 - probability)
+
+    monkeypatch.setattr(attention_kernels, "keep_mask", fixed)
+    monkeypatch.setattr("model.dropout.keep_mask", fixed)
+    score = _score(name).double()
+    heads = [part[:1, :, :3].double().requires_grad_() for part in _heads(1, 3, 4)]
+    wide, output = score(*heads, dropout=0.4, how="explicit"), None
+    torch.testing.assert_close(wide, score(*heads, dropout=0.4, how="reference"))
+    assert not torch.allclose(wide, score(*heads, how="reference"))
+    torch.autograd.gradcheck(
+        lambda *parts: score(*parts[:3], dropout=0.4, how="explicit"),
+        [*heads, *score.parameters()],
+    )
+    del output
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_huge_scores_neither_overflow_nor_vanish(name: ScoreName) -> None:
+    score = _score(name)
+    heads = tuple(tensor * 1e4 for tensor in _heads(2, 5, 6))
+    expected = score(*heads, how="reference")
+    assert bool(torch.isfinite(expected).all())
+    for how in _others(score):
+        torch.testing.assert_close(score(*heads, how=how), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch(name: ScoreName) -> None:
+    score = _score(name)
+    heads = [part[:0].requires_grad_() for part in _heads(1, 3, 4)]
+    for how in score.implementations:
+        output = score(*heads, how=how)
+        assert output.shape == (0, HEADS, 3, VALUES)
+        output.sum().backward()
+
+
+def test_an_implementation_that_an_attention_lacks_is_told() -> None:
+    with pytest.raises(ValueError, match="AdditiveScore has no implementation 'fused': fastest"):
+        _score("additive")(*_heads(1, 2, 2), how="fused")
+
+
+def test_only_short_attention_on_a_cpu_is_explicit() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for gradients in (False, True):
+        assert use_explicit(cpu, torch.bfloat16, 14, 14, gradients=gradients)
+        assert not use_explicit(cpu, torch.bfloat16, 999, 999, gradients=gradients)
+        assert not use_explicit(cuda, torch.bfloat16, 14, 14, gradients=gradients)
+
+
+def test_only_the_scores_with_parameters_have_any() -> None:
+    shapes = {
+        name: [tuple(parameter.shape) for parameter in _score(name).parameters()] for name in NAMES
+    }
+    assert shapes == {
+        "scaled_dot": [],
+        "dot": [],
+        "general": [(HEADS, KEYS, KEYS)],
+        "additive": [(HEADS, KEYS)],
+    }
+
+
+def test_the_scale_keeps_the_variance_of_the_scores() -> None:
     torch.manual_seed(0)
-    module = MultiHeadAttention(128, 4, dropout=0.0, over_memory=False)
-    bound = math.sqrt(6 / (128 + 128))
-    weight = module.query_key_value.weight.detach()
-    assert bound * 0.99 < float(weight.abs().max()) <= bound
-    assert not module.query_key_value.bias.any()
+    for width in (16, 256):
+        query, key = torch.randn(2, 1, 1, 300, width).unbind(0)
+        variances = {
+            name: float(make_score(name, 1, width).scores(query, key).var())
+            for name in ("scaled_dot", "dot")
+        }
+        assert variances["scaled_dot"] == pytest.approx(1, rel=0.1)
+        assert variances["dot"] == pytest.approx(width, rel=0.1)
+
+
+def test_the_fused_kernel_is_pytorchs() -> None:
+    heads = _heads(2, 7, 7)
+    expected = functional.scaled_dot_product_attention(*heads, is_causal=True)
+    assert torch.equal(_score("scaled_dot")(*heads, causal=True, how="fused"), expected)
