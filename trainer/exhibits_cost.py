@@ -9,7 +9,7 @@ import numpy as np
 
 from data_shards.errors import UserError
 from model.cost import Work, training_flops
-from trainer.formats import format_duration, format_number
+from trainer.formats import format_duration, format_number, format_power
 from trainer.report_lines import Event, last_moment, moment
 from trainer.report_log import Attempt, RunLog
 
@@ -203,12 +203,7 @@ def _row(name: str, value: str, note: str) -> dict[str, str]:
 
 
 def _flops(value: float | None) -> str:
-    """As the paper writes them: 3.3·10¹⁸."""
-    if value is None:
-        return ""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{float(mantissa):g}·10{power}" if abs(int(exponent)) > 3 else f"{value:g}"
+    return "" if value is None else format_power(value)
 
 
 def format_flops(value: float | None) -> str:

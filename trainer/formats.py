@@ -22,6 +22,13 @@ def format_number(value: float | None) -> str:
     return f"{value:,.1f}" if size >= 100 else f"{value:.3g}"
 
 
+def format_power(value: float) -> str:
+    """Three digits and a power of ten, as papers write operations: 3.3·10¹⁸."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{float(mantissa):g}·10{power}" if abs(int(exponent)) > 3 else f"{value:g}"
+
+
 def format_score(value: float | None) -> str:
     """BLEU and its like, as papers give them: 27.30."""
     return _NOTHING if value is None else f"{value:.2f}"

@@ -73,7 +73,7 @@ WMT_MEMBERS: dict[str, dict[str, bytes]] = {
     "test.tgz": {
         "test/newstest2013-src.en.sgm": sgm("A valid  sentence", "AT&T and &quot;you&quot;"),
         "test/newstest2013-src.de.sgm": sgm("Ein gültiger Satz", "AT&T und &quot;du&quot;"),
-        "test/newstest2013-src.fr.sgm": sgm("Une phrase", "AT&T et &quot;toi&quot;"),
+        "test/newstest2013-src.fr.sgm": sgm("Une phrase", "AT&T et &quot;vous&quot;"),
     },
     "test-full.tgz": {
         "test-full/newstest2014-deen-src.en.sgm": sgm("A test"),
@@ -89,7 +89,7 @@ TALK_TAGS = "<url>http://ted.com/1</url>\n<talkid>1</talkid>\n<keywords>talks, x
 IWSLT_MEMBERS = {
     "de-en.tgz": {
         "de-en/train.tags.de-en.de": (
-            TALK_TAGS + "<title>Ein Titel</title>\n<description>TED Talk</description>\n"
+            TALK_TAGS + "<title>Eine Überschrift</title>\n<description>TED Talk</description>\n"
             " Vielen Dank. \n<reviewer></reviewer>\nBis < bald.\n"
         ).encode(),
         "de-en/train.tags.de-en.en": (
@@ -215,7 +215,7 @@ def test_french_comes_from_five_archives_of_a_mirror(
 def test_talks_leave_out_what_is_about_them(files: Path, use: Use, tmp_path: Path) -> None:
     corpus = open_(use(known(IWSLT14, files)), tmp_path, files)
     assert list(corpus.train()) == [
-        (b"Ein Titel", b"A title"),
+        ("Eine Überschrift".encode(), b"A title"),
         (b"TED Talk", b"TED talk"),
         (b"Vielen Dank.", b"Thank you."),
         (b"Bis < bald.", b"See < you."),
@@ -301,7 +301,7 @@ def test_a_part_of_what_has_no_checksum_is_not_taken_up(
     part.parent.mkdir(parents=True)
     part.write_bytes(b"of another file")
     corpus = open_(use(served(IWSLT14, serve(files))), tmp_path)
-    assert next(corpus.train()) == (b"Ein Titel", b"A title")
+    assert next(corpus.train()) == ("Eine Überschrift".encode(), b"A title")
 
 
 def test_a_member_that_is_missing_is_named(files: Path, use: Use, tmp_path: Path) -> None:
