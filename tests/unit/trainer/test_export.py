@@ -15,6 +15,7 @@ import torch
 
 from data_shards.errors import UserError
 from model.build import build
+from model.config import ModelConfig
 from tests.runs import pairs
 from trainer import export as export_module
 from trainer import export_ctranslate2
@@ -170,6 +171,24 @@ class TestCTranslate2:
         )
         [[ours]] = Translator([loaded], evaluation).translate([LINES[0]])
         assert run_program(tmp_path / "out", LINES[0]) == ours.text
+
+    @pytest.mark.parametrize(
+        ("setting", "shown"),
+        [
+            ({"kind": "lstm"}, "model.kind=lstm"),
+            ({"attention": "additive"}, "model.attention=additive"),
+            ({"local_radius": 0}, "model.local_radius=0"),
+            ({"d_k": 7}, "model.d_k=7"),
+            ({"d_v": 7}, "model.d_v=7"),
+        ],
+    )
+    def test_a_model_that_ctranslate2_lacks_is_told(self, setting, shown):
+        plain = {"d_model": 32, "num_heads": 4, "d_ff": 48}
+        export_ctranslate2.check(ModelConfig(**plain, d_k=8, d_v=8))
+        if "kind" in setting:
+            plain = {"d_model": 32}
+        with pytest.raises(UserError, match=f"no model with {shown}: give --format safetensors"):
+            export_ctranslate2.check(ModelConfig(**plain, **setting))
 
     def test_without_the_package_the_mend_is_told(self, run_dir, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "ctranslate2", None)
