@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
+from model.convolutional import ConvolutionalModel
 from model.encoder_decoder import EncoderDecoder
 from model.presets import Kind
+from model.recurrent import RecurrentModel
 from model.transformer import Transformer
 
 _KINDS: dict[Kind, type[EncoderDecoder]] = {
     "transformer": Transformer,
+    "rnn": RecurrentModel,
+    "lstm": RecurrentModel,
+    "gru": RecurrentModel,
+    "convolutional": ConvolutionalModel,
 }
 
 

@@ -64,7 +64,13 @@ class Work:
 
 def forward_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:
     """Operations of one forward pass; causal attention counts in full, as it is computed."""
-    layers = {"transformer": _transformer}[config.kind](config, work)
+    layers = {
+        "transformer": _transformer,
+        "rnn": _recurrent,
+        "lstm": _recurrent,
+        "gru": _recurrent,
+        "convolutional": _convolutional,
+    }[config.kind](config, work)
     return layers + work.target * 2 * config.d_model * vocab_size
 
 
@@ -86,6 +92,30 @@ def _transformer(config: ModelConfig, work: Work) -> float:
         + (work.target_target + work.source_target) * pair
     )
     return config.encoder_layers * encoder + config.decoder_layers * decoder
+
+
+def _recurrent(config: ModelConfig, work: Work) -> float:
+    d = config.d_model
+    linear = 2 * d * d
+    # The gates, a plain unit's one: of the input and of the state.
+    unit = {"rnn": 1, "gru": 3, "lstm": 4}[config.kind] * 2 * linear
+    encoder = config.encoder_layers * work.source * (2 * unit + 2 * linear)
+    decoder = config.decoder_layers * work.target * unit
+    # A query and its output, or the general score's map and the output; a key unless that is it.
+    is_mapped = config.attention != "general"
+    attention = work.target * 2 * linear + (work.source * linear if is_mapped else 0)
+    # What carries the encoder's last states over, once a pair, is left out: under one per cent.
+    return encoder + decoder + attention + work.source_target * 2 * 2 * d
+
+
+def _convolutional(config: ModelConfig, work: Work) -> float:
+    d = config.d_model
+    convolution = 2 * config.kernel_size * d * 2 * d
+    # Of a target token: the query and the output; a map of the query more for "general".
+    linears = (3 if config.attention == "general" else 2) * 2 * d * d
+    encoder = config.encoder_layers * work.source * convolution
+    decoder = work.target * (convolution + linears) + work.source_target * 2 * 2 * d
+    return encoder + config.decoder_layers * decoder
 
 
 def training_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:

@@ -39,10 +39,14 @@ _TABLE_3: dict[str, dict[str, Any]] = {
     "E-learned": {"positions": "learned"},
 }
 
-_RECURRENT: dict[str, dict[str, Any]] = {
-    # Of about the size of the Transformer's "tiny".
-    "tiny": {"d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "attention": "additive"},
-    "base": {"d_model": 512, "encoder_layers": 4, "decoder_layers": 4, "attention": "additive"},
+# Of the recurrent kinds, whose parameters a layer differ, and so how many layers are of about the
+# size of the Transformer's "tiny".
+_RECURRENT_TINY: dict[str, Any] = {"d_model": 128, "attention": "additive"}
+_RECURRENT_BASE: dict[str, Any] = {
+    "d_model": 512,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "attention": "additive",
 }
 
 PRESETS: dict[Kind, dict[str, dict[str, Any]]] = {
@@ -60,9 +64,18 @@ PRESETS: dict[Kind, dict[str, dict[str, Any]]] = {
         "big": {**_BASE, "d_model": 1024, "d_ff": 4096, "num_heads": 16, "dropout": 0.3},
         **{row: {**_BASE, **changed} for row, changed in _TABLE_3.items()},
     },
-    "rnn": _RECURRENT,
-    "lstm": _RECURRENT,
-    "gru": _RECURRENT,
+    "rnn": {
+        "tiny": {**_RECURRENT_TINY, "d_model": 160, "encoder_layers": 4, "decoder_layers": 4},
+        "base": _RECURRENT_BASE,
+    },
+    "lstm": {
+        "tiny": {**_RECURRENT_TINY, "encoder_layers": 3, "decoder_layers": 2},
+        "base": _RECURRENT_BASE,
+    },
+    "gru": {
+        "tiny": {**_RECURRENT_TINY, "encoder_layers": 4, "decoder_layers": 3},
+        "base": _RECURRENT_BASE,
+    },
     "convolutional": {
         # Of about the size of the Transformer's "tiny".
         "tiny": {

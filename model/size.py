@@ -7,7 +7,13 @@ from model.config import ModelConfig
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
     """Parameters of the model that ``model.build.build`` makes."""
-    own = {"transformer": _transformer}[model.kind](model)
+    own = {
+        "transformer": _transformer,
+        "rnn": _recurrent,
+        "lstm": _recurrent,
+        "gru": _recurrent,
+        "convolutional": _convolutional,
+    }[model.kind](model)
     return (1 if model.tie_embeddings else 3) * vocab_size * model.d_model + own
 
 
@@ -23,6 +29,32 @@ def _transformer(model: ModelConfig) -> int:
     if model.norm == "pre":
         total += 2 * norm
     return total + positions(model)
+
+
+def _recurrent(model: ModelConfig) -> int:
+    d, norm = model.d_model, 2 * model.d_model
+    linear = d * d + d
+    # The gates, a plain unit's one: of the input and of the state, a bias of each.
+    unit = {"rnn": 1, "gru": 3, "lstm": 4}[model.kind] * 2 * linear
+    encoder = norm + 2 * unit + linear + d * d
+    decoder = norm + unit
+    mapped = 0 if model.attention == "general" else 2 * linear
+    attention = norm + mapped + linear
+    attention += {"general": d * d, "additive": d}.get(model.attention, 0)
+    bridge = model.decoder_layers * (linear + d * d)
+    layers = model.encoder_layers * encoder + model.decoder_layers * decoder
+    return layers + attention + bridge + 2 * norm
+
+
+def _convolutional(model: ModelConfig) -> int:
+    d, norm = model.d_model, 2 * model.d_model
+    convolution = model.kernel_size * d * 2 * d + 2 * d
+    attention = 2 * (d * d + d)
+    attention += {"general": d * d, "additive": d}.get(model.attention, 0)
+    encoder = convolution + norm
+    decoder = convolution + attention + 2 * norm
+    layers = model.encoder_layers * encoder + model.decoder_layers * decoder
+    return layers + 2 * norm + positions(model)
 
 
 def positions(model: ModelConfig) -> int:
