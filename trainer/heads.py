@@ -133,12 +133,16 @@ def most(shares_LH: Tensor) -> tuple[int, int, float]:
     return (*divmod(index, shares_LH.size(1)), float(shares_LH.flatten()[index]))
 
 
-def position_names(profile: Profile) -> dict[tuple[int, int], tuple[str, float]]:
+def position_names(
+    profile: Profile, least: float = NAMED_SHARE
+) -> dict[tuple[int, int], tuple[str, float]]:
     """What the heads that look at a place, whatever is written there, are named for.
+
+    Args:
+        least: share of the weight, without which a head is left out.
 
     Returns:
         By layer and head, counted from 0, the place in words and the share of the weight there.
-        Heads without such a place are not in it.
     """
     edge = "at the begin sign" if profile.kind == "decoder" else "at the end sign"
     candidates = [(edge, profile.edge), ("at punctuation", profile.marks)]
@@ -149,6 +153,6 @@ def position_names(profile: Profile) -> dict[tuple[int, int], tuple[str, float]]
         for head in range(num_heads):
             words, share_LH = max(candidates, key=lambda item: float(item[1][layer, head]))
             share = float(share_LH[layer, head])
-            if share >= NAMED_SHARE:
+            if share >= least:
                 found[layer, head] = (words, share)
     return found

@@ -41,7 +41,7 @@ _DOTS_PER_INCH = 160
 # Above this many cells a vector file takes each map as a picture.
 _VECTOR_CELLS = 12_000
 # Up to this many pieces a side the cells of a single map show their number.
-_NUMBERED_PIECES = 20
+_NUMBERED_PIECES = 24
 # More maps than this are thumbnails: labels would be too small to read.
 _LABELLED_PANELS = 16
 
@@ -101,6 +101,8 @@ def write_image(
     row_name: str,
     column_name: str,
     panels_a_row: int | None = None,
+    value_name: str = "attention weight",
+    least_number: float = 0.095,
 ) -> None:
     """Draw maps with a common colour scale and write them to ``file``.
 
@@ -117,6 +119,8 @@ def write_image(
         title: stands above the picture, and in the file as its title.
         row_name, column_name: what the pieces of rows and columns are.
         panels_a_row: by default as many as make a picture of a handy shape.
+        value_name: what the cells' values are, from 0 to 1.
+        least_number: the least value that is also written into its cell, in per cent.
 
     Raises:
         UserError: the file cannot be written, or has another ending.
@@ -136,7 +140,9 @@ def write_image(
     with mpl.rc_context({**_RC, "font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         across = panels_a_row or _panels_a_row(len(panels), len(columns))
-        figure = _figure(panels, rows, columns, title, (row_name, column_name), across)
+        figure = _figure(panels, rows, columns, title, (row_name, column_name, value_name), across)
+        if len(panels) == 1 and max(len(rows), len(columns)) <= _NUMBERED_PIECES:
+            _add_numbers(figure.axes[0], panels[0], least_number)
         _save(figure, file, title)
 
 
@@ -145,7 +151,7 @@ def _figure(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str,
-    names: tuple[str, str],
+    names: tuple[str, str, str],
     across: int,
 ) -> Figure:
     from matplotlib.figure import Figure
@@ -175,13 +181,11 @@ def _figure(
             columns if is_labelled else [],
             _font_points(cell),
         )
-    if len(panels) == 1 and max(len(rows), len(columns)) <= _NUMBERED_PIECES:
-        _add_numbers(grid[0, 0], panels[0], top)
     figure.suptitle(f"{title}, {panels[0].title}" if len(panels) == 1 else title, fontsize=10)
     figure.supxlabel(f"columns: {names[1]}   ·   rows: {names[0]}", fontsize=8.5)
     assert mesh is not None
     bar = figure.colorbar(mesh, ax=grid, shrink=0.8, aspect=28, pad=0.015)
-    bar.set_label("attention weight", fontsize=8.5)
+    bar.set_label(names[2], fontsize=8.5)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
     return figure
@@ -231,8 +235,9 @@ def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str], points: floa
     axes.tick_params(length=0, pad=2, top=False, labeltop=True, bottom=False, labelbottom=False)
 
 
-def _add_numbers(axes: Axes, panel: Panel, top: float) -> None:
-    for row, column in np.argwhere(panel.weights >= 0.095):
+def _add_numbers(axes: Axes, panel: Panel, least: float) -> None:
+    top = float(panel.weights.max())
+    for row, column in np.argwhere(panel.weights >= least):
         weight = float(panel.weights[row, column])
         axes.text(
             column + 0.5,

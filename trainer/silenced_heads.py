@@ -1,0 +1,213 @@
+"""What each head is needed for: the model's words with one head's output set to nothing.
+
+That a head looks at a word does not show that the model uses what it finds there (Jain and Wallace
+2019, arXiv 1902.10186). Silencing it does, for this model as it is: what the others could learn to
+do in its stead is another question, and a head whose work others do as well seems to be needed for
+nothing.
+
+Shapes: B batch, T target pieces, V vocabulary.
+
+Source: Michel et al. 2019 (arXiv 1905.10650), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data_shards.config import BOS_ID, EOS_ID, PAD_ID
+from data_shards.embedded import sentences
+from data_shards.embedded_relations import relations
+from model.encoder_decoder import EncoderDecoder
+from trainer.attention import KINDS, Kind
+from trainer.grammar_heads import encoded, has_grammar, places
+from trainer.run import LoadedModel
+
+EVERY_WORD = "every piece"
+# Target pieces in one pass, padding included.
+_PIECES_AT_ONCE = 2**13
+
+
+@dataclass(frozen=True)
+class HeadName:
+    """A head; layer and head are counted from 0."""
+
+    kind: Kind
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.layer + 1}.{self.head + 1}"
+
+
+@dataclass(frozen=True)
+class Right:
+    """How well the model writes the words of a group when it is given what comes before them.
+
+    Attributes:
+        cases: words.
+        right: share of them of which every piece is the most probable.
+        nats: mean negative log-likelihood of a piece.
+    """
+
+    cases: int
+    right: float
+    nats: float
+
+
+@dataclass(frozen=True)
+class Needed:
+    """By group of words: with all heads, and with each head silenced in turn."""
+
+    whole: dict[str, Right]
+    silenced: dict[HeadName, dict[str, Right]]
+
+
+# A word: the number of its pair, and the places of its pieces.
+Word = tuple[int, list[int]]
+
+
+def heads_of(model: EncoderDecoder) -> dict[HeadName, nn.Linear]:
+    """Each head of a model, with the projection that reads its output; none without such heads."""
+    config = model.config
+    found = {}
+    for kind in KINDS:
+        side, part = ("decoder", "cross") if kind == "cross" else (kind, "attention")
+        layers = config.encoder_layers if kind == "encoder" else config.decoder_layers
+        for layer in range(layers):
+            try:
+                output = model.get_submodule(f"{side}.{layer}.{part}.output")
+            except AttributeError:
+                continue
+            assert isinstance(output, nn.Linear)
+            for head in range(config.num_heads):
+                found[HeadName(kind, layer, head)] = output
+    return found
+
+
+@contextmanager
+def silenced(model: EncoderDecoder, name: HeadName) -> Iterator[None]:
+    """The model without one head: nothing is read of what it puts out."""
+    weight_DC = heads_of(model)[name].weight
+    width = weight_DC.size(1) // model.config.num_heads
+    part = weight_DC.data[:, name.head * width : (name.head + 1) * width]
+    kept = part.clone()
+    part.zero_()
+    try:
+        yield
+    finally:
+        part.copy_(kept)
+
+
+def needed_for(
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    groups: dict[str, list[Word]] | None = None,
+) -> Needed:
+    """What is lost in each group of words by each head alone.
+
+    Args:
+        pairs: source ids with EOS last, target ids without BOS and EOS.
+        groups: words to look at besides every piece.
+    """
+    groups = {EVERY_WORD: _every_piece(pairs), **(groups or {})}
+    whole = _scored(loaded, pairs, groups)
+    found = {}
+    for name in heads_of(loaded.model):
+        with silenced(loaded.model, name):
+            found[name] = _scored(loaded, pairs, groups)
+    return Needed(whole, found)
+
+
+def words_to_write(
+    loaded: LoadedModel, num_sentences: int
+) -> tuple[list[tuple[list[int], list[int]]], dict[str, list[Word]]]:
+    """Pairs of the test set, and groups of words of the translation where the grammar is known."""
+    if not has_grammar(loaded):
+        longest = loaded.config.model.max_positions - 1
+        source, target = (
+            loaded.vocabulary.encode(lines[:num_sentences])
+            for lines in loaded.manifest.split_text(
+                "test" if "test" in loaded.manifest.data.splits else "valid"
+            )
+        )
+        pairs = [
+            ([*ids[:longest], EOS_ID], other[:longest])
+            for ids, other in zip(source, target, strict=True)
+            if ids and other
+        ]
+        return pairs, {}
+    chosen = list(sentences("test", num_sentences))
+    pairs = encoded(loaded, chosen)
+    groups: dict[str, list[Word]] = {}
+    for index, one in enumerate(chosen):
+        pieces = loaded.vocabulary.pieces(pairs[index][1])
+        written = {
+            (relation.name.split(" →")[0], tuple(places(pieces, relation.word)))
+            for relation in relations(one)
+            if relation.word.side == "target"
+        }
+        for group, at in sorted(written):
+            groups.setdefault(group, []).append((index, list(at)))
+    return pairs, dict(sorted(groups.items()))
+
+
+def _every_piece(pairs: Sequence[tuple[list[int], list[int]]]) -> list[Word]:
+    return [(index, [at]) for index, (_, ids) in enumerate(pairs) for at in range(len(ids) + 1)]
+
+
+def _scored(
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    groups: dict[str, list[Word]],
+) -> dict[str, Right]:
+    nats, right = _written(loaded, pairs)
+    return {
+        group: Right(
+            len(words),
+            sum(all(right[index][at] for at in pieces) for index, pieces in words) / len(words),
+            sum(nats[index][at] for index, pieces in words for at in pieces)
+            / sum(len(pieces) for _, pieces in words),
+        )
+        for group, words in groups.items()
+        if words
+    }
+
+
+def _written(
+    loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]
+) -> tuple[list[list[float]], list[list[bool]]]:
+    """Of each pair's pieces and its end: their nats, and whether nothing is more probable."""
+    nats: list[list[float]] = [[] for _ in pairs]
+    right: list[list[bool]] = [[] for _ in pairs]
+    device = next(loaded.model.parameters()).device
+    lengths = [max(len(source), len(target) + 1) for source, target in pairs]
+    order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        batch = order[start : start + max(1, _PIECES_AT_ONCE // lengths[order[start]])]
+        start += len(batch)
+        source_BS = _padded([pairs[index][0] for index in batch]).to(device)
+        inputs_BT = _padded([[BOS_ID, *pairs[index][1]] for index in batch]).to(device)
+        outputs_BT = _padded([[*pairs[index][1], EOS_ID] for index in batch]).to(device)
+        with torch.no_grad():
+            hidden_BTD = loaded.model.states(source_BS, inputs_BT)
+            log_prob_BTV = loaded.model.project(hidden_BTD).float().log_softmax(-1)
+        best_BT, written_BT = (
+            log_prob_BTV.argmax(-1),
+            log_prob_BTV.gather(-1, outputs_BT[..., None]),
+        )
+        for row, index in enumerate(batch):
+            length = len(pairs[index][1]) + 1
+            nats[index] = (-written_BT[row, :length, 0]).tolist()
+            right[index] = (best_BT[row, :length] == outputs_BT[row, :length]).tolist()
+    return nats, right
+
+
+def _padded(rows: Sequence[list[int]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows])
