@@ -74,7 +74,8 @@ def table2(
             ) from None
     else:
         folders = [naming.find_run(name, runs) for name in run_names]
-        found = table(read_runs(folders, is_live=naming.is_claimed))
+        logs = read_runs(folders, is_live=naming.is_claimed)
+        found = {"command": " ".join(["babelray table2", *run_names]), **table(logs)}
         written = parts(found)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
 from trainer.formats import format_bytes, format_duration, format_number, format_power
 from trainer.paper.memory import Memory
 from trainer.paper.plan import Dry
+
+_WIDTH, _INDENT = 100, 13
 
 
 def numbers(dry: Dry) -> dict[str, Any]:
@@ -44,7 +47,15 @@ def numbers(dry: Dry) -> dict[str, Any]:
 
 
 def lines(dry: Dry) -> list[str]:
-    """The plan, a topic a block."""
+    """The plan, a topic a block, in lines of 100 characters at most."""
+    return [part for row in _all_lines(dry) for part in (_wrapped(row) or [""])]
+
+
+def _wrapped(row: str) -> list[str]:
+    return textwrap.wrap(row, _WIDTH, subsequent_indent=" " * _INDENT, break_on_hyphens=False)
+
+
+def _all_lines(dry: Dry) -> list[str]:
     return [
         *_corpus(dry),
         "",
@@ -62,7 +73,7 @@ def lines(dry: Dry) -> list[str]:
 
 
 def _row(name: str, text: str) -> str:
-    return f"{name:<12} {text}"
+    return f"{name:<{_INDENT}}{text}"
 
 
 def _corpus(dry: Dry) -> list[str]:

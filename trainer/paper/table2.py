@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from data_shards.config import DataConfig
@@ -95,6 +96,7 @@ class Counted:
     utilisation: float
 
 
+@cache
 def count(recipe: Recipe) -> Counted:
     """The recipe's operations, counted on the corpus' published size."""
     config = RunConfig(

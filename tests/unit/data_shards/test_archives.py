@@ -368,3 +368,31 @@ def test_the_catalogue_is_of_one_piece() -> None:
     archives = {archive.file: archive for archive in WMT14_EN_DE.archives}
     for name, file in (("wmt13", "test.tgz"), ("wmt14/full", "test-full.tgz")):
         assert archives[file].expected.md5 == DATASETS[name].md5[0]
+
+
+def test_a_corpus_is_prepared_from_its_archives(files: Path, use: Use, tmp_path: Path) -> None:
+    from data_shards.manifest import Manifest
+    from data_shards.shards import prepare
+
+    talks = [f"{n} talks and {n * n} more {'abcdefg'[n % 7]}" for n in range(300)]
+    members = dict(IWSLT_MEMBERS["de-en.tgz"])
+    for language in ("de", "en"):
+        text = "".join(f"{line} {language}\n" for line in talks)
+        members[f"de-en/train.tags.de-en.{language}"] = (TALK_TAGS + text).encode()
+    make_archive(files / "de-en.tgz", members)
+    use(known(IWSLT14, files))
+    config = DataConfig.model_validate(
+        {
+            "corpus": "iwslt14", "source": "de", "target": "en", "root": tmp_path,
+            "mirror": str(files), "vocabulary_size": 60, "heldout_pairs": 20, "max_length": 64,
+        }
+    )  # fmt: skip
+    manifest = Manifest.load(prepare(config, progress=lambda line: None))
+    assert manifest.num_pairs == 280
+    assert {name: split.num_pairs for name, split in manifest.data.splits.items()} == {
+        "valid": 20,
+        "test": 5,
+    }
+    (raw,) = manifest.data.raw_files
+    assert raw.file == "de-en.tgz"
+    assert raw.sha256 == hashlib.sha256((files / "de-en.tgz").read_bytes()).hexdigest()

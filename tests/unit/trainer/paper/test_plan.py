@@ -1,0 +1,290 @@
+"""The dry run: each number against another way to it, and every figure that is missing told."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cluster.commands.plan import plan as plan_command
+from data_shards.errors import UserError
+from data_shards.manifest import Manifest
+from data_shards.plan import Plan
+from data_shards.shards import prepare
+from model.build import build
+from model.config import ModelConfig
+from model.cost import Work, training_flops
+from trainer.config import RunConfig, TrainerConfig, load_config
+from trainer.paper.hardware import UTILISATION, make_hardware, split_hardware
+from trainer.paper.lengths import corpus_size, made_up_lengths
+from trainer.paper.memory import activation_bytes, checkpoint_bytes, memory
+from trainer.paper.plan import Dry, reckon
+from trainer.paper.plan_text import lines, numbers
+
+CONFIGS = Path(__file__).resolve().parents[4] / "configs"
+
+
+def dry_run(name: str, hardware: str = "8xP100", *settings: str) -> Dry:
+    config = load_config(CONFIGS / f"{name}.yaml", settings)
+    return reckon(config, make_hardware(*split_hardware(hardware)), corpus_size(config.data))
+
+
+@pytest.fixture(scope="module")
+def base() -> Dry:
+    return dry_run("wmt14-en-de-base")
+
+
+@pytest.mark.parametrize("size", ["base", "big"])
+@pytest.mark.parametrize("target", ["de", "fr"])
+def test_the_recipe_is_the_papers(size: str, target: str) -> None:
+    config = load_config(CONFIGS / f"wmt14-en-{target}-{size}.yaml")
+    model, data, trainer, search = config.model, config.data, config.trainer, config.evaluation
+    is_big = size == "big"
+    assert (model.d_model, model.d_ff, model.num_heads) == (
+        (1024, 4096, 16) if is_big else (512, 2048, 8)
+    )
+    assert (model.encoder_layers, model.decoder_layers, model.norm) == (6, 6, "post")
+    assert model.dropout == (0.3 if is_big and target == "de" else 0.1)
+    assert (data.corpus, data.source, data.target) == (f"wmt14-en-{target}", "en", target)
+    assert data.vocabulary_size == (37_000 if target == "de" else 32_000)
+    assert trainer.max_steps == (300_000 if is_big else 100_000)
+    assert (trainer.warmup_steps, trainer.peak_learning_rate) == (4000, None)
+    assert (trainer.adam_beta1, trainer.adam_beta2, trainer.adam_epsilon) == (0.9, 0.98, 1e-9)
+    assert (trainer.label_smoothing, trainer.clip_norm, trainer.weight_decay) == (0.1, 0, 0)
+    assert trainer.decay_fraction == 0
+    # Ten minutes of the paper's steps, 0.4 and 1.0 s.
+    assert trainer.checkpoint_every * (1.0 if is_big else 0.4) == 600
+    assert trainer.keep_checkpoints == (20 if is_big else 5)
+    assert (search.beam, search.length_penalty, search.max_extra_length) == (4, 0.6, 50)
+
+
+def test_a_step_has_the_papers_tokens(base: Dry) -> None:
+    assert base.batches.target_tokens == pytest.approx(25_000, rel=0.01)
+    assert base.batches.source_tokens == pytest.approx(25_000, rel=0.05)
+    assert base.batches.epochs == pytest.approx(
+        100_000 * base.batches.target_tokens / 137_628_246, rel=0.01
+    )
+
+
+def test_operations_and_hours_follow_by_hand(base: Dry) -> None:
+    mean = base.corpus.mean_work()
+    whole = Work(*(value * base.batches.pairs_per_step for value in vars(mean).values()))
+    flops = training_flops(base.config.model, whole, vocab_size=37_000)
+    assert base.flops == pytest.approx(flops * 100_000)
+    compute = flops / (8 * 9.5e12 * UTILISATION)
+    assert base.times.compute == pytest.approx(compute)
+    assert base.times.hours == pytest.approx((compute + base.times.optimizer) * 100_000 / 3600)
+    # The paper: 12 hours, of which steps of 0.4 s are 11.1.
+    assert 9 < base.times.hours < 12.5
+
+
+def test_uneven_lanes_wait_for_the_fullest_device(base: Dry) -> None:
+    three = dry_run("wmt14-en-de-base", "3xP100")
+    assert three.times.compute == pytest.approx(base.times.compute * 3)
+    assert any("share out evenly" in note for note in three.notes)
+
+
+def test_reductions_are_reckoned_where_the_bus_is_known() -> None:
+    dry = dry_run("wmt14-en-de-big", "8xh100")
+    # ZeRO 1: three times 7/8 of two bytes a parameter over 476 GB/s (docs/scaling.md: 2.4 ms).
+    assert dry.times.reduction == pytest.approx(2.36e-3, rel=0.01)
+    assert dry_run("wmt14-en-de-big", "1xH100").times.reduction == 0
+    more = dry_run("wmt14-en-de-big", "16xH100", "data.lanes=16", "data.window_pairs=4096")
+    assert more.times.reduction is None
+    assert any("between machines" in note for note in more.notes)
+
+
+def test_time_bounds_a_run_that_has_no_steps() -> None:
+    config = load_config(
+        CONFIGS / "wmt14-en-de-base.yaml", ["trainer.max_steps=null", "trainer.max_minutes=30"]
+    )
+    timed = reckon(config, make_hardware(8, "H100"), corpus_size(config.data))
+    assert timed.times.hours == pytest.approx(0.5)
+    assert timed.times.num_steps == pytest.approx(1800 / timed.times.step)
+
+
+def test_a_prepared_corpus_is_counted(tmp_path: Path) -> None:
+    files = {}
+    for side, word in (("source", "cat"), ("target", "Katze")):
+        files[side] = str(tmp_path / side)
+        text = "".join(f"{n} {word} {'abcdefgh'[n % 8] * (n % 7)} {n * n}\n" for n in range(400))
+        Path(files[side]).write_text(text)
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "tiny"},
+            "data": {
+                "corpus": "files", "root": tmp_path, **files, "heldout_pairs": 10,
+                "vocabulary_size": 60, "max_length": 64, "lanes": 2, "tokens_per_step": 1024,
+            },
+            "trainer": {"max_steps": 40},
+        }
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"is not prepared at .*data prepare"):
+        corpus_size(config.data)
+    manifest = Manifest.load(prepare(config.data, progress=lambda line: None))
+    dry = reckon(config, make_hardware(2, "L4"), corpus_size(config.data), price=1.5)
+    plan = Plan.of(manifest, config.data, config.trainer.seed)
+    assert dry.batches.steps_per_epoch == plan.steps_per_epoch
+    assert dry.batches.epochs == 40 / plan.steps_per_epoch
+    assert dry.batches.target_tokens == pytest.approx(
+        manifest.data.target_tokens / plan.steps_per_epoch
+    )
+    assert dry.num_parameters == sum(
+        p.numel() for p in build(config.model, manifest.vocabulary_size).parameters()
+    )
+    assert dry.times.price == pytest.approx(2 * 1.5 * dry.times.hours)
+    assert not any("not prepared" in note for note in dry.notes)
+
+
+def test_made_up_lengths_have_the_means() -> None:
+    lengths = made_up_lengths(100_000, 29.5, 38.2, 128)
+    assert lengths.mean(axis=0) == pytest.approx([29.5, 38.2], rel=0.005)
+    assert lengths.min() >= 2
+    assert lengths.max() == 128
+
+
+def kept_bytes(config: ModelConfig, dtype: torch.dtype, vocab: int, length: int) -> float:
+    """What autograd keeps of a pair of tokens, but for the softmax' gradient."""
+    model = build(config, vocab).to(dtype).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    source = torch.randint(4, vocab, (4, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = model.training_loss(source, source, source, 0.1)
+    del loss
+    return (sum(kept.values()) - 4 * vocab * config.d_model) / (4 * length)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+@pytest.mark.parametrize("shape", [(64, 256, 1, 2), (128, 256, 3, 1)])
+def test_the_formula_of_activations_is_the_models(
+    precision: str, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    d_model, d_ff, encoder, decoder = shape
+    config = ModelConfig(
+        preset="base", d_model=d_model, d_ff=d_ff, num_heads=4,
+        encoder_layers=encoder, decoder_layers=decoder,
+    )  # fmt: skip
+    length = 16
+    kept = kept_bytes(config, dtype, vocab=64, length=length)
+    formula = activation_bytes(config, precision, 1)
+    assert formula is not None
+    # Attention that is not fused keeps its weights, and a mask.
+    unfused = (encoder + 2 * decoder) * 4 * length * dtype.itemsize
+    assert 0.95 * formula < kept < 1.1 * (formula + unfused)
+
+
+def test_stages_share_out_what_they_say() -> None:
+    model, trainer = ModelConfig(preset="base"), TrainerConfig(precision="bf16")
+    of = [
+        memory(
+            model, trainer, stage=stage, num_parameters=80, num_devices=8,
+            vocab_size=1000, tokens_per_lane=100,
+        )
+        for stage in range(4)
+    ]  # fmt: skip
+    assert [(m.weights, m.gradients, m.optimizer) for m in of] == [
+        (160, 160, 960), (160, 160, 120), (160, 20, 120), (20, 20, 120),
+    ]  # fmt: skip
+    assert of[0].activations == of[3].activations
+    alone = memory(
+        model, TrainerConfig(precision="fp32"), stage=0, num_parameters=80, num_devices=8,
+        vocab_size=1000, tokens_per_lane=100,
+    )  # fmt: skip
+    assert (alone.weights, alone.gradients, alone.optimizer) == (320, 320, 640)
+    assert checkpoint_bytes(TrainerConfig(ema_decay=0.99), 10) == 160
+
+
+def test_another_kind_has_no_formula_and_says_so() -> None:
+    dry = dry_run("wmt14-en-de-base", "8xH100", "model.preset=base", "model.kind=lstm")
+    assert all(row.total is None for row in dry.memory)
+    assert any("not reckoned for kind lstm" in note for note in dry.notes)
+    assert "–" in "\n".join(lines(dry))
+
+
+def test_the_lines_and_the_values_are_the_same_plan(base: Dry) -> None:
+    text = "\n".join(lines(base))
+    assert "4,500,966 pairs" in text
+    assert f"{base.num_parameters:,} parameters" in text
+    assert "it has no bf16" in text
+    found = json.loads(json.dumps(numbers(base)))
+    assert found["hardware"]["devices"] == 8
+    assert found["corpus"]["is_prepared"] is False
+    assert found["times"]["step"] == base.times.step
+    assert found["memory"][1]["total"] == base.memory[1].total
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hardware 8P100", "write number and kind"),
+        ("--hardware 8xP10", "did you mean P100?"),
+        ("--hardware 8xTPU", "no data sheet of 'TPU'"),
+        ("--hardware 0xP100", "at least 1"),
+        ("", "say what to reckon for"),
+        ("--hardware 8xP100 --gpus 2", "not both"),
+        ("--hardware 9xP100", "Set data.lanes=9"),
+        ("--gpus 8 --gpu P100 --utilisation 2", "a share of the peak"),
+        ("--gpu P100 --price -1", "price of a device-hour"),
+        ("--gpu P100 --sustained 0", "operations a second"),
+        ("--gpu P100 --sustained 1 --utilisation 0.5", "leave --utilisation out"),
+        ("--gpu P100 --memory 1", "give --sustained as well"),
+        ("--gpu P100 --pairs 5000", "give all three"),
+        ("--gpu P100 --pairs 50 --source-length 9 --target-length 9", "at least 1024"),
+        ("--gpu P100 --pairs 5000 --source-length 900 --target-length 9", "--source-length 900"),
+        ("--gpu P100 --set data.target=fr", "no figures of it"),
+        ("--gpu P100 --set data.corpus=multi30k", "multi30k .* is not prepared"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(words: str, message: str) -> None:
+    config = str(CONFIGS / "wmt14-en-de-base.yaml")
+    result = CliRunner().invoke(plan_command, ["--config", config, *words.split()])
+    assert isinstance(result.exception, UserError)
+    assert re.search(message, str(result.exception))
+
+
+def test_the_user_may_bring_device_and_corpus() -> None:
+    words = (
+        "--config {} --set data.corpus=files --hardware 4xX9 --memory 10 --sustained 2 --json "
+        "--pairs 50000 --source-length 20 --target-length 22"
+    )
+    result = CliRunner().invoke(
+        plan_command, words.format(CONFIGS / "wmt14-en-de-base.yaml").split()
+    )
+    found = json.loads(result.output)
+    assert found["hardware"]["flops"] == 2e12
+    assert found["corpus"]["num_pairs"] == 50_000
+    assert found["times"]["compute"] == pytest.approx(found["flops_per_step"] / 4 / 2e12)
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = (
+        "import sys, trainer.paper.plan_text, trainer.paper.lengths; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_plans_in_docs_are_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    page = (CONFIGS.parent / "docs" / "paper" / "recipe.md").read_text()
+    part = page.partition("<!-- plans: begin -->")[2].partition("<!-- plans: end -->")[0]
+    shown = re.findall(r"```console\n\$ babelray plan ([^\n]*)\n(.*?)```", part, re.DOTALL)
+    assert len(shown) >= 3
+    for words, output in shown:
+        assert CliRunner().invoke(plan_command, words.split()).output == output
