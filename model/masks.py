@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,18 @@ def self_mask(
     both = square + mask
     both.diagonal(dim1=-2, dim2=-1).zero_()
     return both
+
+
+class Seen(NamedTuple):
+    """What attention may see: a mask, and of self-attention what ``self_mask`` restricts."""
+
+    mask: Tensor | None
+    causal: bool = False
+    radius: int | None = None
+
+    def as_mask(self, length: int, device: torch.device) -> Tensor | None:
+        """One additive mask for all of it; ``length`` is that of the queries."""
+        return self_mask(self.mask, length, device, causal=self.causal, radius=self.radius)
 
 
 def _rounded(length: int) -> int:

@@ -89,7 +89,8 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         widths = self.key_width, self.value_width
         scale = self.score.plain_scale(self.key_width)
-        if scale is not None and record is None and _explicit(inputs_BTD.size(1), packed_BSC):
+        whole = record is None and not self.score.in_blocks(inputs_BTD.size(1), self.radius)
+        if scale is not None and whole and _explicit(inputs_BTD.size(1), packed_BSC):
             mask = self_mask(
                 mask, inputs_BTD.size(1), inputs_BTD.device, causal=causal, radius=self.radius
             )

@@ -43,8 +43,10 @@ def _score(name: ScoreName, *, width: int = KEYS) -> Score:
     return make_score(name, HEADS, width)
 
 
-def _others(score: Score) -> list[attention.How]:
-    return [how for how in score.implementations if how != "reference"]
+def _others(score: Score, *, local: bool = False) -> list[attention.How]:
+    """What is no reference; FlexAttention, which is slow to start, has a test of its own."""
+    without = {"reference", "flex"} if local else {"reference", "flex", "blocks"}
+    return [how for how in score.implementations if how not in without]
 
 
 def _plain_loops(score: Score, query: Tensor, key: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def test_what_self_attention_may_see(
     mask = _padding(3, 9) if masked else None
     record: list[Tensor] = []
     expected = score(*heads, mask, causal=causal, radius=radius, record=record)
-    for how in _others(score):
+    for how in _others(score, local=radius is not None):
         output = score(*heads, mask, causal=causal, radius=radius, how=how)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     row, column = torch.arange(9)[:, None], torch.arange(9)[None, :]
@@ -150,6 +152,73 @@ def test_what_self_attention_may_see(
         assert torch.equal(seen[:, :length], open_[:length].expand(HEADS, -1, -1))
         # Padding sees something, itself at least: never a softmax over nothing.
         assert bool(seen[:, length:].any(-1).all())
+
+
+@pytest.mark.parametrize(("causal", "radius"), [(False, 3), (True, 20), (False, 17)])
+@pytest.mark.parametrize("length", [1, 16, 50])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["scaled_dot", "additive"])
+def test_blocks_equal_the_whole_square_with_gradients(
+    name: ScoreName, masked: bool, length: int, causal: bool, radius: int
+) -> None:
+    score = _score(name)
+    heads = tuple(part.requires_grad_() for part in _heads(3, length, length))
+    # Of the second and third sentence all but one or two positions are padding.
+    mask = _padding(3, length).flip(0) if masked else None
+    leaves = [*heads, *score.parameters()]
+
+    def of(how: attention.How) -> list[Tensor]:
+        output = score(*heads, mask, causal=causal, radius=radius, how=how)
+        weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+        return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
+
+    for one, other in zip(of("blocks"), of("reference"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_only_long_neighbourhoods_are_computed_in_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    class Recorded(attention.Blocks):
+        def __init__(self, length: int, radius: int, *, causal: bool) -> None:
+            made.append(length)
+            super().__init__(length, radius, causal=causal)
+
+    monkeypatch.setattr(attention, "Blocks", Recorded)
+    score = _score("scaled_dot")
+    for length, radius in ((383, 4), (400, 60), (384, 4)):
+        score(*_heads(1, length, length), radius=radius)
+    assert made == [384]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["scaled_dot", "dot", "general"])
+def test_flex_attention_equals_the_reference(name: ScoreName) -> None:
+    score = _score(name)
+    heads = _heads(3, 40, 40, values=KEYS)
+    with torch.no_grad():
+        for mask in (None, _padding(3, 40)):
+            for causal, radius in ((False, None), (True, None), (False, 5), (True, 5)):
+                seen = {"causal": causal, "radius": radius}
+                torch.testing.assert_close(
+                    score(*heads, mask, **seen, how="flex"),
+                    score(*heads, mask, **seen, how="reference"),
+                    rtol=1e-5,
+                    atol=1e-5,
+                )
+
+
+def test_what_an_implementation_cannot_is_told() -> None:
+    score, heads = _score("scaled_dot"), _heads(1, 3, 3)
+    with pytest.raises(ValueError, match="give a radius"):
+        score(*heads, how="blocks")
+    with pytest.raises(ValueError, match="FlexAttention drops no weights"):
+        score(*heads, how="flex", dropout=0.1)
+    with pytest.raises(ValueError, match="no gradients on a CPU"):
+        score(heads[0].requires_grad_(), *heads[1:], how="flex")
 
 
 def test_a_mask_restricted_to_a_neighbourhood() -> None:
@@ -199,7 +268,7 @@ def test_bfloat16_is_close_to_float32(name: ScoreName, autocast: bool) -> None:
     if not autocast:
         score.bfloat16()
     narrow = tuple(part.bfloat16() for part in heads)
-    for how in score.implementations:
+    for how in ("reference", *_others(score)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             # As an LSTM's states under autocast: a query of another type than the keys.
             output = score(heads[0], *narrow[1:], how=how)
@@ -221,14 +290,13 @@ def test_dropout_has_the_gradients_of_its_mask(
     monkeypatch.setattr("model.dropout.keep_mask", fixed)
     score = _score(name).double()
     heads = [part[:1, :, :3].double().requires_grad_() for part in _heads(1, 3, 4)]
-    wide, output = score(*heads, dropout=0.4, how="explicit"), None
+    wide = score(*heads, dropout=0.4, how="explicit")
     torch.testing.assert_close(wide, score(*heads, dropout=0.4, how="reference"))
     assert not torch.allclose(wide, score(*heads, how="reference"))
     torch.autograd.gradcheck(
         lambda *parts: score(*parts[:3], dropout=0.4, how="explicit"),
         [*heads, *score.parameters()],
     )
-    del output
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,7 +313,7 @@ def test_huge_scores_neither_overflow_nor_vanish(name: ScoreName) -> None:
 def test_an_empty_batch(name: ScoreName) -> None:
     score = _score(name)
     heads = [part[:0].requires_grad_() for part in _heads(1, 3, 4)]
-    for how in score.implementations:
+    for how in ("reference", *_others(score)):
         output = score(*heads, how=how)
         assert output.shape == (0, HEADS, 3, VALUES)
         output.sum().backward()
