@@ -66,7 +66,12 @@ class RowState:
         if self.memory_mask is not None:
             self.memory_mask = _moved(self.memory_mask, vacant, movers, num_left)
         self.rows = [
-            _moved(row.view(-1, self.width, *row.shape[1:]), vacant, movers, num_left).flatten(0, 1)
+            _moved(
+                row.view(len(row) // self.width, self.width, *row.shape[1:]),
+                vacant,
+                movers,
+                num_left,
+            ).flatten(0, 1)
             for row in self.rows
         ]
 
