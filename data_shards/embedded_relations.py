@@ -92,6 +92,33 @@ def relations(one: Sentence) -> list[Relation]:
     return _Texts(one).relations()
 
 
+def other_number(one: Sentence) -> list[tuple[Span, str]]:
+    """Each finite verb with a noun as subject, and its form if that were plural, or singular."""
+    texts = _Texts(one)
+    found = []
+    if one.pattern == "liking":
+        return []  # in German another noun is the subject
+    for _, name in texts.agreeing():
+        verb = _VERBS[name]
+        span = texts.finite(verb)
+        if span is None:
+            continue
+        said, (_, _, singular, plural) = texts.said(span), verb.forms
+        for form, other in ((singular, plural), (plural, singular)):
+            for prefix in {"", verb.prefix}:
+                if said in _spellings(prefix + form) and form != other:
+                    changed = prefix + other
+                    is_capital = said[0].isupper()
+                    found.append(
+                        (span, changed[0].upper() + changed[1:] if is_capital else changed)
+                    )
+    return found
+
+
+def _spellings(form: str) -> tuple[str, str]:
+    return form, form[:1].upper() + form[1:]
+
+
 class _Texts:
     """The two texts of a sentence and where the grammar's words stand in them."""
 
@@ -147,12 +174,16 @@ class _Texts:
     def _rivals(self, spans: dict[str, Span], lemma: str) -> tuple[Span, ...]:
         return tuple(span for other, span in spans.items() if other != lemma)
 
-    def _of_subjects(self) -> Iterator[Relation]:
+    def agreeing(self) -> Iterator[tuple[str, str]]:
+        """Nouns, and the verbs whose one subject they are in English."""
         pairs = self.by_kind.get("subject+verb", [])
         for noun, verb in pairs:
             several = sum(other == verb for _, other in pairs) > 1  # the man and the woman
-            if several or self.one.pattern in _NO_AGREEMENT or noun not in self.noun_spans:
-                continue
+            if not several and self.one.pattern not in _NO_AGREEMENT and noun in self.noun_spans:
+                yield noun, verb
+
+    def _of_subjects(self) -> Iterator[Relation]:
+        for noun, verb in self.agreeing():
             subject, rivals = self.noun_spans[noun], self._rivals(self.noun_spans, noun)
             if verb in self.verb_spans:
                 yield Relation("verb → its subject", self.verb_spans[verb], subject, rivals)
@@ -193,7 +224,7 @@ class _Texts:
                     yield Relation("adjective → the noun", word, partner, rivals)
                     word = self._word_before(word)
                     break
-            if word and _DETERMINER.fullmatch(self._said(word)):
+            if word and _DETERMINER.fullmatch(self.said(word)):
                 yield Relation("article → the noun", word, partner, rivals)
 
     def _of_verbs(self) -> Iterator[Relation]:
@@ -267,7 +298,7 @@ class _Texts:
         sent_there = (
             self._has_auxiliary(span)
             or self._before(span.start) == "zu"
-            or with_zu == (self._said(span))
+            or with_zu == (self.said(span))
         )
         return span if sent_there or self._is_subordinate(span) else None
 
@@ -276,7 +307,7 @@ class _Texts:
         before, after = self.one.german[: span.start], self.one.german[span.end :]
         return [
             *_WORD.findall(before.rpartition(",")[2]),
-            self._said(span),
+            self.said(span),
             *_WORD.findall(after.partition(",")[0]),
         ]
 
@@ -285,8 +316,7 @@ class _Texts:
 
     def _has_auxiliary(self, span: Span) -> bool:
         return any(
-            word.lower() in _AUXILIARIES and word != self._said(span)
-            for word in self._segment(span)
+            word.lower() in _AUXILIARIES and word != self.said(span) for word in self._segment(span)
         )
 
     def _is_subordinate(self, span: Span) -> bool:
@@ -295,12 +325,13 @@ class _Texts:
         return first in _SUBORDINATORS or (behind_comma and first in _RELATIVE_PRONOUNS)
 
     def _is_form(self, span: Span, adjective: Adjective) -> bool:
-        form = self._said(span)
+        form = self.said(span)
         return form[:1].lower() + form[1:] in {
             adjective.stem + ending for ending in ("e", "en", "em", "er", "es")
         }
 
-    def _said(self, span: Span) -> str:
+    def said(self, span: Span) -> str:
+        """What stands there."""
         return self.text(span.side)[span.start : span.end]
 
     def _before(self, start: int) -> str:

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.config import BOS_ID, EOS_ID, PAD_ID
-from data_shards.embedded import sentences
-from data_shards.embedded_relations import relations
+from data_shards.embedded import Sentence, sentences
+from data_shards.embedded_relations import other_number, relations
 from model.encoder_decoder import EncoderDecoder
 from trainer.attention import KINDS, Kind
 from trainer.grammar_heads import encoded, has_grammar, places
 from trainer.run import LoadedModel
 
 EVERY_WORD = "every piece"
+NUMBER = "number of the verb"
 # Target pieces in one pass, padding included.
 _PIECES_AT_ONCE = 2**13
 
@@ -50,7 +51,8 @@ class Right:
 
     Attributes:
         cases: words.
-        right: share of them of which every piece is the most probable.
+        right: share of them of which every piece is the most probable; of ``NUMBER`` of which the
+            right form is more probable than that of the other number (macht, machen).
         nats: mean negative log-likelihood of a piece.
     """
 
@@ -67,8 +69,26 @@ class Needed:
     silenced: dict[HeadName, dict[str, Right]]
 
 
+Pair = tuple[list[int], list[int]]
 # A word: the number of its pair, and the places of its pieces.
 Word = tuple[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a model is made to write.
+
+    Attributes:
+        pairs: source ids with EOS last, target ids without BOS and EOS.
+        groups: words of these pairs, by what they are.
+        changed: pairs in which one word has the form of the other number.
+        contrasts: a word of ``pairs``, and of ``changed`` what stands in its place.
+    """
+
+    pairs: list[Pair]
+    groups: dict[str, list[Word]]
+    changed: list[Pair]
+    contrasts: list[tuple[Word, Word]]
 
 
 def heads_of(model: EncoderDecoder) -> dict[HeadName, nn.Linear]:
@@ -103,30 +123,19 @@ def silenced(model: EncoderDecoder, name: HeadName) -> Iterator[None]:
         part.copy_(kept)
 
 
-def needed_for(
-    loaded: LoadedModel,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    groups: dict[str, list[Word]] | None = None,
-) -> Needed:
-    """What is lost in each group of words by each head alone.
-
-    Args:
-        pairs: source ids with EOS last, target ids without BOS and EOS.
-        groups: words to look at besides every piece.
-    """
-    groups = {EVERY_WORD: _every_piece(pairs), **(groups or {})}
-    whole = _scored(loaded, pairs, groups)
+def needed_for(loaded: LoadedModel, words: Words) -> Needed:
+    """What is lost by each head alone, in every piece and in each group of words."""
+    groups = {EVERY_WORD: _every_piece(words.pairs), **words.groups}
+    whole = _scored(loaded, words, groups)
     found = {}
     for name in heads_of(loaded.model):
         with silenced(loaded.model, name):
-            found[name] = _scored(loaded, pairs, groups)
+            found[name] = _scored(loaded, words, groups)
     return Needed(whole, found)
 
 
-def words_to_write(
-    loaded: LoadedModel, num_sentences: int
-) -> tuple[list[tuple[list[int], list[int]]], dict[str, list[Word]]]:
-    """Pairs of the test set, and groups of words of the translation where the grammar is known."""
+def words_to_write(loaded: LoadedModel, num_sentences: int) -> Words:
+    """Pairs of the test set, with groups of words where the grammar is known."""
     if not has_grammar(loaded):
         longest = loaded.config.model.max_positions - 1
         source, target = (
@@ -140,46 +149,69 @@ def words_to_write(
             for ids, other in zip(source, target, strict=True)
             if ids and other
         ]
-        return pairs, {}
+        return Words(pairs, {}, [], [])
     chosen = list(sentences("test", num_sentences))
-    pairs = encoded(loaded, chosen)
-    groups: dict[str, list[Word]] = {}
+    words = Words(encoded(loaded, chosen), {}, [], [])
     for index, one in enumerate(chosen):
-        pieces = loaded.vocabulary.pieces(pairs[index][1])
+        pieces = loaded.vocabulary.pieces(words.pairs[index][1])
         written = {
             (relation.name.split(" →")[0], tuple(places(pieces, relation.word)))
             for relation in relations(one)
             if relation.word.side == "target"
         }
         for group, at in sorted(written):
-            groups.setdefault(group, []).append((index, list(at)))
-    return pairs, dict(sorted(groups.items()))
+            words.groups.setdefault(group, []).append((index, list(at)))
+        _contrast(loaded, words, index, one)
+    return words
 
 
-def _every_piece(pairs: Sequence[tuple[list[int], list[int]]]) -> list[Word]:
+def _contrast(loaded: LoadedModel, words: Words, index: int, one: Sentence) -> None:
+    source_ids, target_ids = words.pairs[index]
+    at = loaded.vocabulary.pieces(target_ids)
+    for span, form in other_number(one):
+        text = one.german[: span.start] + form + one.german[span.end :]
+        [ids] = loaded.vocabulary.encode([text])
+        there = span._replace(end=span.start + len(form))
+        changed = (len(words.changed), places(loaded.vocabulary.pieces(ids), there))
+        words.changed.append((source_ids, ids))
+        words.contrasts.append(((index, places(at, span)), changed))
+
+
+def _every_piece(pairs: Sequence[Pair]) -> list[Word]:
     return [(index, [at]) for index, (_, ids) in enumerate(pairs) for at in range(len(ids) + 1)]
 
 
-def _scored(
-    loaded: LoadedModel,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    groups: dict[str, list[Word]],
-) -> dict[str, Right]:
-    nats, right = _written(loaded, pairs)
-    return {
-        group: Right(
-            len(words),
-            sum(all(right[index][at] for at in pieces) for index, pieces in words) / len(words),
-            sum(nats[index][at] for index, pieces in words for at in pieces)
-            / sum(len(pieces) for _, pieces in words),
+def _scored(loaded: LoadedModel, words: Words, groups: dict[str, list[Word]]) -> dict[str, Right]:
+    nats, right = _written(loaded, words.pairs)
+    found = {
+        group: _right(
+            chosen, nats, [all(right[index][at] for at in pieces) for index, pieces in chosen]
         )
-        for group, words in groups.items()
-        if words
+        for group, chosen in groups.items()
     }
+    if words.contrasts:
+        other_nats, _ = _written(loaded, words.changed)
+        chosen = [word for word, _ in words.contrasts]
+        is_preferred = [
+            _sum(nats, word) < _sum(other_nats, changed) for word, changed in words.contrasts
+        ]
+        found[NUMBER] = _right(chosen, nats, is_preferred)
+    return found
+
+
+def _right(words: Sequence[Word], nats: list[list[float]], is_right: Sequence[bool]) -> Right:
+    num_pieces = sum(len(pieces) for _, pieces in words)
+    total = sum(_sum(nats, word) for word in words)
+    return Right(len(words), sum(is_right) / len(words), total / num_pieces)
+
+
+def _sum(nats: list[list[float]], word: Word) -> float:
+    index, pieces = word
+    return sum(nats[index][at] for at in pieces)
 
 
 def _written(
-    loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]
+    loaded: LoadedModel, pairs: Sequence[Pair]
 ) -> tuple[list[list[float]], list[list[bool]]]:
     """Of each pair's pieces and its end: their nats, and whether nothing is more probable."""
     nats: list[list[float]] = [[] for _ in pairs]

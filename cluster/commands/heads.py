@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     metavar="FILE.png|.svg|.pdf",
     help="Draw what is lost by each silenced head.",
 )
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.md",
+    help="Write the tables into a page, where it has <!-- RUN grammar: begin --> and the like.",
+)
 @checkpoint_option
 @json_option
 @runs_option
@@ -48,6 +54,7 @@ def heads(
     num_sentences: int,
     silence: bool,
     output: Path | None,
+    page: Path | None,
     checkpoint: str,
     as_json: bool,
     runs: Path,
@@ -74,6 +81,7 @@ def heads(
     from trainer.attention import each_pairs_maps
     from trainer.grammar_heads import follow_grammar, has_grammar
     from trainer.heads import profiles
+    from trainer.heads_page import write_page
     from trainer.run import load_model
     from trainer.silenced_heads import heads_of, needed_for, words_to_write
 
@@ -83,18 +91,21 @@ def heads(
             f"{run_dir.name}: a model of kind {loaded.config.model.kind} has no heads of which one "
             "can be silenced: leave out --silence and --output"
         )
-    pairs, groups = words_to_write(loaded, num_sentences)
-    found = profiles(maps for _, maps in each_pairs_maps(loaded, pairs))
+    words = words_to_write(loaded, num_sentences)
+    num_sentences = len(words.pairs)
+    found = profiles(maps for _, maps in each_pairs_maps(loaded, words.pairs))
     grammar = follow_grammar(loaded, num_sentences) if has_grammar(loaded) else []
-    needed = needed_for(loaded, pairs, groups) if silence or output is not None else None
+    needed = needed_for(loaded, words) if silence or output is not None else None
     name = f"{run_dir.resolve().name}, step {loaded.step:,}"
     if as_json:
-        print_json(_as_json(loaded.step, len(pairs), found, grammar, needed))
+        print_json(_as_json(loaded.step, num_sentences, found, grammar, needed))
     else:
-        click.echo(f"{name}: {len(pairs):,} sentences of the test set")
+        click.echo(f"{name}: {num_sentences:,} sentences of the test set")
         for lines in (_profile_lines(found), _grammar_lines(grammar), _needed_lines(needed)):
             if lines:
                 click.echo("\n" + "\n".join(lines))
+    if page is not None:
+        write_page(page, run_dir.resolve().name, found, grammar, needed)
     if output is not None and needed is not None:
         _draw(output, needed, name)
         click.echo(str(output), err=as_json)
@@ -102,6 +113,8 @@ def heads(
 
 def _profile_lines(found: dict[Kind, Profile]) -> list[str]:
     from trainer.heads import position_names
+    from trainer.heads_page import percent
+    from trainer.silenced_heads import HeadName
 
     rows: list[tuple[str, ...]] = [("head", "sharpest", "spread", "end", "marks", "looks mostly")]
     for kind, profile in found.items():
@@ -111,12 +124,12 @@ def _profile_lines(found: dict[Kind, Profile]) -> list[str]:
             words, share = named[at]
             rows.append(
                 (
-                    _head(kind, *at),
-                    _percent(float(profile.sharpest[at])),
+                    str(HeadName(kind, *at)),
+                    percent(float(profile.sharpest[at])),
                     f"{float(profile.spread[at]):.1f}",
-                    _percent(float(profile.edge[at])),
-                    _percent(float(profile.marks[at])),
-                    f"{_percent(share):>5} {words}",
+                    percent(float(profile.edge[at])),
+                    percent(float(profile.marks[at])),
+                    f"{percent(share):>5} {words}",
                 )
             )
     return [
@@ -127,6 +140,9 @@ def _profile_lines(found: dict[Kind, Profile]) -> list[str]:
 
 
 def _grammar_lines(grammar: Sequence[Finding]) -> list[str]:
+    from trainer.heads_page import beside, percent
+    from trainer.silenced_heads import HeadName
+
     if not grammar:
         return []
     rows: list[tuple[str, ...]] = [
@@ -134,12 +150,12 @@ def _grammar_lines(grammar: Sequence[Finding]) -> list[str]:
     ]
     rows += [
         (
-            _head(one.kind, one.layer, one.head),
-            _percent(one.weight),
-            _percent(one.strongest),
-            _percent(one.even),
-            f"{_percent(one.at_offset)} at {one.offset:+d}",
-            _beside(one),
+            str(HeadName(one.kind, one.layer, one.head)),
+            percent(one.weight),
+            percent(one.strongest),
+            percent(one.even),
+            f"{percent(one.at_offset)} at {one.offset:+d}",
+            beside(one),
             f"{one.cases:,}",
             one.name,
         )
@@ -152,12 +168,6 @@ def _grammar_lines(grammar: Sequence[Finding]) -> list[str]:
         "rival: on a word of the partner's kind that is not the partner, beside the weight on the",
         "partner in the same sentences.",
     ]
-
-
-def _beside(one: Finding) -> str:
-    if one.rival is None or one.beside_rival is None:
-        return "-"
-    return f"{_percent(one.rival)} of {_percent(one.beside_rival)}"
 
 
 def _needed_lines(needed: Needed | None) -> list[str]:
@@ -173,7 +183,8 @@ def _needed_lines(needed: Needed | None) -> list[str]:
     return [
         *_aligned(rows, text_last=False),
         "per cent of the words whose pieces are all most probable where they stand, given what is",
-        "before them, and nats a piece.",
+        "before them (number of the verb: whose form is more probable than the other number's),",
+        "and nats a piece.",
     ]
 
 
@@ -220,13 +231,15 @@ def _as_json(
     needed: Needed | None,
 ) -> dict[str, Any]:
     """Layers and heads are counted from 1, as everywhere a person reads them."""
+    from trainer.silenced_heads import HeadName
+
     result: dict[str, Any] = {"step": step, "sentences": num_sentences, "heads": []}
     for kind, profile in found.items():
         num_layers, num_heads = profile.edge.shape
         for at in ((layer, head) for layer in range(num_layers) for head in range(num_heads)):
             result["heads"].append(
                 {
-                    "head": _head(kind, *at),
+                    "head": str(HeadName(kind, *at)),
                     "at": {str(offset): float(share[at]) for offset, share in profile.at.items()},
                     "sharpest": float(profile.sharpest[at]),
                     "spread": float(profile.spread[at]),
@@ -238,7 +251,7 @@ def _as_json(
     for one in grammar:
         values = asdict(one)
         kind, layer, head = (values.pop(key) for key in ("kind", "layer", "head"))
-        result["grammar"].append({"head": _head(kind, layer, head), **values})
+        result["grammar"].append({"head": str(HeadName(kind, layer, head)), **values})
     if needed is not None:
         result["all_heads"] = {group: asdict(right) for group, right in needed.whole.items()}
         result["silenced"] = {
@@ -246,11 +259,3 @@ def _as_json(
             for head, groups in needed.silenced.items()
         }
     return result
-
-
-def _head(kind: Kind, layer: int, head: int) -> str:
-    return f"{kind} {layer + 1}.{head + 1}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

@@ -88,3 +88,11 @@ def test_a_model_without_heads(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert result.exit_code == 2
     assert "demo: a model of kind transformer has no heads of which one can be" in result.stderr
     assert heads(trained).exit_code == 0
+
+
+def test_a_pages_tables(trained: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- demo places: begin -->\n<!-- demo places: end -->\n")
+    result = heads(trained, "--page", str(page))
+    assert result.exit_code == 0, result.output
+    assert "| cross: at the same place of the source | `cross " in page.read_text()

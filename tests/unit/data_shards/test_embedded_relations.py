@@ -6,7 +6,7 @@ import pytest
 
 from data_shards.embedded import Sentence, sentences
 from data_shards.embedded_clauses import Combination
-from data_shards.embedded_relations import Span, relations
+from data_shards.embedded_relations import Span, other_number, relations
 
 
 def made(pattern: str, english: str, german: str, *combinations: tuple[str, str, str]) -> Sentence:
@@ -111,6 +111,27 @@ def test_what_does_not_agree_has_no_subject() -> None:
     names = {name for name, *_ in said(one)}
     assert "verb at the end → the verb" in names
     assert not any("subject" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "english", "german", "verb", "word", "other"),
+    [
+        ("separable", "The boy closes it.", "Der Junge macht es zu.", "close", "macht", "machen"),
+        ("subordinate", "I sing because the boy closes it.",
+         "Ich singe, weil der Junge es zumacht.", "close", "zumacht", "zumachen"),
+        ("yes_no_question", "Do boys sleep?", "Schlafen Jungen?", "sleep", "Schlafen", "Schläft"),
+        ("main_clause", "The boy sleeps.", "Der Junge schläft.", "sleep", "schläft", "schlafen"),
+        ("modal", "The boy can sleep.", "Der Junge kann schlafen.", "sleep", "", ""),
+        ("liking", "The boys like the dog.", "Der Hund gefällt den Jungen.", "like", "", ""),
+    ],
+)  # fmt: skip
+def test_a_verb_in_the_other_number(
+    pattern: str, english: str, german: str, verb: str, word: str, other: str
+) -> None:
+    found = other_number(made(pattern, english, german, (SUBJECT, "boy", verb)))
+    assert [(german[span.start : span.end], form) for span, form in found] == (
+        [(word, other)] if word else []
+    )
 
 
 def test_of_many_sentences() -> None:

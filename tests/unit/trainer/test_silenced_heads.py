@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -12,7 +16,9 @@ from trainer import silenced_heads
 from trainer.run import load_model
 from trainer.silenced_heads import (
     EVERY_WORD,
+    NUMBER,
     HeadName,
+    Words,
     heads_of,
     needed_for,
     silenced,
@@ -76,7 +82,15 @@ def test_a_silenced_head_comes_back_after_an_error(loaded):
 
 
 def test_what_is_lost(loaded, encoded, monkeypatch):
-    needed = needed_for(loaded, encoded, {"first": [(n, [0, 1]) for n in range(len(encoded))]})
+    # The translation of the first pair against that of the second, under the first's source.
+    changed = [(encoded[0][0], encoded[1][1])]
+    contrast = ((0, [0, 1]), (0, [0, 1]))
+    groups = {"first": [(n, [0, 1]) for n in range(len(encoded))]}
+    needed = needed_for(loaded, Words(encoded, groups, changed, [contrast, contrast]))
+    assert needed.whole[NUMBER].cases == 2
+    assert needed.whole[NUMBER].right == 1
+    swapped = Words([*changed], {}, [encoded[0]], [contrast])
+    assert needed_for(loaded, swapped).whole[NUMBER].right == 0
     whole = needed.whole[EVERY_WORD]
     # The same by the loss that the model is trained with, a pair at a time.
     nll = 0.0
@@ -92,21 +106,52 @@ def test_what_is_lost(loaded, encoded, monkeypatch):
     worst = max(groups[EVERY_WORD].nats for groups in needed.silenced.values())
     assert worst > whole.nats + 0.1
     monkeypatch.setattr(silenced_heads, "_PIECES_AT_ONCE", 1)
-    alone = needed_for(loaded, encoded).whole[EVERY_WORD]
+    alone = needed_for(loaded, Words(encoded, {}, [], [])).whole[EVERY_WORD]
     assert (alone.right, alone.nats) == (whole.right, pytest.approx(whole.nats, rel=1e-5))
 
 
+class _WholeWords:
+    """A vocabulary of whole words."""
+
+    written: ClassVar[list[str]] = ["<pad>", "<s>", "</s>", "<unk>"]
+
+    def encode(self, lines):
+        return [[self._number(word) for word in self._split(line)] for line in lines]
+
+    def pieces(self, ids):
+        return [self.written[number] for number in ids]
+
+    def _split(self, line):
+        return re.findall("▁?[\\w-]+|[^\\w▁]", "▁" + line.replace(" ", "▁"))
+
+    def _number(self, word):
+        if word not in self.written:
+            self.written.append(word)
+        return self.written.index(word)
+
+
 def test_the_words_of_a_test_set(loaded, monkeypatch):
-    chosen, groups = words_to_write(loaded, 7)
-    assert (len(chosen), groups) == (7, {})
-    assert all(source[-1] == EOS_ID for source, _ in chosen)
+    words = words_to_write(loaded, 7)
+    assert (len(words.pairs), words.groups, words.contrasts) == (7, {}, [])
+    assert all(source[-1] == EOS_ID for source, _ in words.pairs)
     # Where the grammar is known, each word is named for what it is.
     monkeypatch.setattr(silenced_heads, "has_grammar", lambda _: True)
     monkeypatch.setattr(
         silenced_heads, "sentences", lambda _, number: list(sentences("train", number))
     )
-    chosen, groups = words_to_write(loaded, 60)
-    assert {"article", "adjective", "finite verb", "verb at the end"} <= set(groups)
-    for index, pieces in groups["article"]:
-        text = "".join(loaded.vocabulary.pieces([chosen[index][1][at] for at in pieces]))
-        assert 2 <= len(text.replace("▁", "")) <= 7
+    words = words_to_write(replace(loaded, vocabulary=_WholeWords()), 60)
+    assert {"article", "adjective", "finite verb", "verb at the end"} <= set(words.groups)
+    for index, pieces in words.groups["article"]:
+        [at] = pieces
+        assert _WholeWords().pieces([words.pairs[index][1][at]])[0].lower()[1:4] in {
+            *("der", "die", "das", "den", "dem", "des", "ein", "kei", "mei", "dei", "sei", "ihr"),
+            *("uns", "die", "jed", "wel", "im", "am", "ins", "zum", "zur", "vom", "bei"),
+        }
+    # The verb's other form stands in its place, and nothing else is changed.
+    assert len(words.contrasts) > 10
+    for (index, pieces), (number, others) in words.contrasts:
+        (source, target), (same, changed) = words.pairs[index], words.changed[number]
+        assert source == same
+        assert target[: pieces[0]] == changed[: others[0]]
+        assert target[pieces[-1] + 1 :] == changed[others[-1] + 1 :]
+        assert [target[at] for at in pieces] != [changed[at] for at in others]
