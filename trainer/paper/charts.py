@@ -41,6 +41,7 @@ _RC = {
     "ytick.labelsize": 8.5,
 }
 _PANEL_INCHES = (4.4, 3.2)
+_LEGEND_INCHES = 0.17  # a line of it
 _DOTS_PER_INCH = 160
 
 
@@ -78,9 +79,17 @@ class Panel:
 
 
 def write_charts(
-    file: Path, panels: Sequence[Panel], *, title: str = "", panels_a_row: int = 2
+    file: Path,
+    panels: Sequence[Panel],
+    *,
+    title: str = "",
+    panels_a_row: int = 2,
+    legend: Literal["inside", "below"] = "inside",
 ) -> None:
     """Draw panels side by side and write them; the same panels give the same file.
+
+    ``legend``: inside each panel, or below, where it hides nothing: one for all panels if they
+    have the same series, else one for each.
 
     Raises:
         UserError: the file cannot be written, or its ending is none of ``FORMATS``.
@@ -93,14 +102,25 @@ def write_charts(
     across = min(panels_a_row, len(panels))
     down = math.ceil(len(panels) / across)
     with mpl.rc_context(_RC):
-        size = (_PANEL_INCHES[0] * across, _PANEL_INCHES[1] * down + (0.3 if title else 0.0))
-        figure = Figure(figsize=size, layout="constrained")
+        shared = len({tuple(one.name for one in panel.series) for panel in panels}) == 1
+        height = _PANEL_INCHES[1] * down + (0.3 if title else 0.0)
+        if legend == "below" and not shared:
+            height += down * _LEGEND_INCHES * max(len(panel.series) for panel in panels)
+        figure = Figure(figsize=(_PANEL_INCHES[0] * across, height), layout="constrained")
         grid = figure.subplots(down, across, squeeze=False)
         for index, axes in enumerate(grid.flat):
             if index < len(panels):
                 _draw(axes, panels[index])
             else:
                 axes.set_axis_off()
+        if legend == "below" and shared:
+            handles = grid.flat[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=2 * across)
+        else:
+            for axes, panel in zip(grid.flat, panels, strict=False):
+                if any(one.name for one in panel.series):
+                    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 1}
+                    axes.legend(**(below if legend == "below" else {}))
         if title:
             figure.suptitle(title, fontsize=11)
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -140,10 +160,16 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log", base=2)
     if panel.y_log:
         axes.set_yscale("log")
+    for axis, is_log in ((axes.xaxis, panel.x_log), (axes.yaxis, panel.y_log)):
+        if is_log:  # its own formatter writes powers in the markup that is switched off above
+            axis.set_major_formatter(_tick)
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     if panel.x_ticks:
         axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()), rotation=35, ha="right")
-    if any(one.name for one in panel.series):
-        axes.legend()
+
+
+def _tick(value: float, _: object) -> str:
+    """A place on a logarithmic axis: 0.01; 4,096; 1e-12."""
+    return f"{value:,.4g}" if 1e-3 <= value < 1e6 else f"{value:.0e}"

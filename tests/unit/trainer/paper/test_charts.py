@@ -32,6 +32,24 @@ def test_the_same_panels_give_the_same_file_with_all_names(tmp_path: Path) -> No
         assert words in text
 
 
+def test_a_logarithmic_axis_has_numbers_that_can_be_read(tmp_path: Path) -> None:
+    tiny = Panel(
+        "", "", "", (Series("other", (1024, 4096), (1e-12, 1e-4)),), x_log=True, y_log=True
+    )
+    write_charts(tmp_path / "x.svg", [_PANEL, tiny], legend="below")
+    text = (tmp_path / "x.svg").read_text()
+    assert "mathdefault" not in text
+    for tick in (">1,024<", ">1e-12<", ">10<", ">other<"):
+        assert tick in text
+
+
+def test_a_legend_below_is_one_for_panels_with_the_same_series(tmp_path: Path) -> None:
+    for name, legend in (("inside", "inside"), ("below", "below")):
+        write_charts(tmp_path / f"{name}.svg", [_PANEL, _PANEL], legend=legend)  # type: ignore[arg-type]
+    count = [(tmp_path / f"{n}.svg").read_text().count(">points<") for n in ("inside", "below")]
+    assert count == [2, 1]
+
+
 @pytest.mark.parametrize(("file", "words"), [("x.bmp", "ends in"), ("file/x.svg", "written")])
 def test_what_cannot_be_written_is_told(tmp_path: Path, file: str, words: str) -> None:
     (tmp_path / "file").write_text("")

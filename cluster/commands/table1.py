@@ -1,0 +1,68 @@
+"""``babelray table1``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cluster.options import json_option, print_json, say
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Small sizes only, to see that it works.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the numbers there, as JSON.",
+)
+@click.option(
+    "--input",
+    "given",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Take the numbers from such a file instead of measuring.",
+)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the tables into this page, such as docs/paper/table1.md, and the plots into "
+    "images/paper beside the page's folder.",
+)
+@json_option
+def table1(
+    quick: bool, output: Path | None, given: Path | None, page: Path | None, as_json: bool
+) -> None:
+    """The paper's Table 1, reckoned and measured: operations, sequential steps, longest paths, time
+    and memory of self-attention, recurrence and convolution.
+
+    Takes about four minutes of one core. See docs/paper/table1.md.
+
+    \b
+    Examples:
+      babelray table1
+      babelray table1 --output table1.json
+      babelray table1 --input benchmarks/results/table1.json --page docs/paper/table1.md
+    """
+    if given is not None and (quick or output is not None):
+        raise click.UsageError("--input tells of numbers that are there: no --quick, no --output")
+    from trainer.paper import table1 as paper
+    from trainer.paper.table1_page import write_page
+    from trainer.paper.table1_tables import all_tables, text
+
+    if given is not None:
+        result = paper.read_result(given)
+    else:
+        result = paper.measure(paper.QUICK if quick else paper.Sizes(), say)
+        if output is not None:
+            paper.write_result(output, result)
+            say(f"written: {output}")
+    if page is not None:
+        for file in write_page(result, page):
+            say(f"written: {file}")
+    if as_json:
+        print_json(result)
+        return
+    click.echo("\n\n".join(text(table) for table in all_tables(result)))
