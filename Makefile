@@ -34,6 +34,7 @@ SEED ?=
 FAULTS ?=
 WRITE ?=
 CLUSTER ?=
+HARDWARE ?=
 
 BIN := $(VENV)/bin
 BABELRAY := $(BIN)/babelray
@@ -53,15 +54,15 @@ TRAIN = $(BABELRAY) train $(settings) $(if $(NAME),--name $(NAME)) $(if $(WORKER
 help: ## Show this list
 	@echo "Usage: make TARGET [VARIABLE=value ...]"
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
-		| awk 'BEGIN {FS = ":.*## "} {printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+		| awk 'BEGIN {FS = ":.*## "} {printf "  %-15s %s\n", $$1, $$2}'
 	@echo
 	@echo "Variables (with what they are now):"
 	@echo "  CONFIG=$(CONFIG)  NAME=$(NAME)  WORKERS=$(WORKERS)  CHECKPOINT=$(CHECKPOINT)"
 	@echo "  TEST_SET=$(TEST_SET)  COMPARE=$(COMPARE)  (of make evaluate)  RUNS=$(RUNS) (of make launch stop resume evaluate status logs)"
 	@echo "  OVERLAY=$(OVERLAY)  COMPONENTS='$(COMPONENTS)'  NODES=$(NODES)  GPUS=$(GPUS)  IMAGE=$(IMAGE)  NAMESPACE=$(NAMESPACE)"
 	@echo "  STORAGE=$(STORAGE)  (of make launch manifests resume doctor; with RAY_ADDRESS set, to that Ray cluster)"
-	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  CLUSTER=1 (of make doctor)  PYTHON=$(PYTHON)  VENV=$(VENV)"
+	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  CLUSTER=1 (of make doctor)  HARDWARE=$(HARDWARE) (of make plan)  PYTHON=$(PYTHON)  VENV=$(VENV)"
 	@echo "  PYTEST='...' (arguments for pytest)"
 	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
 	@echo "  and whether the table goes into docs/reliability.md; see python -m tests.chaos --help)"
@@ -198,6 +199,33 @@ chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FA
 .PHONY: bench
 bench: setup ## Measure speed against alternatives (an hour); writes benchmarks/results
 	@for name in stream train overhead checkpoint recovery decode serving metrics; do $(BIN)/python benchmarks/$$name.py; done
+
+# The paper's tables; each writes its results, its page in docs/paper and its plots anew.
+PAPER = --output benchmarks/results/$1.json --page docs/paper/$1.md
+
+.PHONY: attention-bench
+attention-bench: setup ## Attentions beside each other, and why dot products are scaled (two minutes)
+	@$(BABELRAY) attention-bench $(NAME) $(call PAPER,attention)
+
+.PHONY: table1
+table1: setup ## The paper's Table 1, counted and measured (four minutes)
+	@$(BABELRAY) table1 $(call PAPER,table1)
+
+.PHONY: table2
+table2: setup ## The paper's Table 2 beside run NAME (several names: NAME='a b')
+	@$(BABELRAY) table2 $(NAME) --runs $(RUNS)
+
+.PHONY: table3
+table3: setup ## Rows of the paper's Table 3, scaled down, trained side by side (an hour); goes on where it was
+	@$(BABELRAY) table3 --runs $(RUNS) $(call PAPER,table3) --image docs/images/paper/table3.svg
+
+.PHONY: kinds
+kinds: setup ## Transformer, LSTM, GRU and convolution in the same minutes (an hour)
+	@$(BIN)/python benchmarks/kinds.py
+
+.PHONY: plan
+plan: setup ## What training CONFIG takes on HARDWARE (8xH100), without data: memory, hours, price
+	@$(BABELRAY) plan --config $(CONFIG) $(settings) $(if $(HARDWARE),--hardware $(HARDWARE))
 
 .PHONY: docs
 docs: setup ## Write the pages and dashboards that are made of code: docs/metrics.md, k8s/monitoring

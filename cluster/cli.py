@@ -9,18 +9,24 @@ from typing import Any
 import click
 
 from cluster.commands.attention import attention
+from cluster.commands.attention_bench import attention_bench
 from cluster.commands.dashboard import dashboard
 from cluster.commands.data import data
 from cluster.commands.doctor import doctor
 from cluster.commands.evaluate import evaluate
 from cluster.commands.export import export
+from cluster.commands.heads import heads
 from cluster.commands.launch import launch, resume
 from cluster.commands.logs import logs
+from cluster.commands.plan import plan
 from cluster.commands.profile import profile
 from cluster.commands.report import report
 from cluster.commands.serve import serve
 from cluster.commands.status import status
 from cluster.commands.stop import stop
+from cluster.commands.table1 import table1
+from cluster.commands.table2 import table2
+from cluster.commands.table3 import table3
 from cluster.commands.train import train
 from cluster.commands.translate import translate
 from data_shards.errors import UserError
@@ -83,6 +89,7 @@ for _command in (
     export,
     report,
     attention,
+    heads,
     serve,
     status,
     logs,
@@ -90,7 +97,12 @@ for _command in (
     stop,
     resume,
     doctor,
+    plan,
     profile,
+    attention_bench,
+    table1,
+    table2,
+    table3,
 ):
     cli.add_command(_command)
 
