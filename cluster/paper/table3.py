@@ -124,6 +124,9 @@ def train(
             say(f"Ray dashboard: {session.dashboard_url}")
         say(f"training {len(missing)} of {len(planned)} trials, {at_a_time} at a time")
 
+    def still(running: list[Path]) -> None:
+        say("; ".join(f"{run_dir.name} {_step(run_dir)}" for run_dir in running))
+
     failed = []
     for ended in run_trials(
         [(item.config, item.run_dir) for item in missing.values()],
@@ -131,6 +134,7 @@ def train(
         parallel=parallel,
         dashboard_port=dashboard_port,
         begun=begun,
+        still=still,
     ):
         item = missing[ended.run_dir]
         trial = read_trial(ended.run_dir)
@@ -152,6 +156,13 @@ def _work(config: RunConfig, run_dir: Path) -> None:
     from trainer.paper.table3_trial import run_trial
 
     run_trial(config, run_dir)
+
+
+def _step(run_dir: Path) -> str:
+    from trainer.run import read_events
+
+    steps = [event["step"] for event in read_events(run_dir) if event["event"] == "step"]
+    return f"step {steps[-1]:,}" if steps else "starting"
 
 
 def _told(item: Planned, trial: Trial) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,12 @@ from trainer.config import RunConfig
 
 # Of a task whose process or machine was lost; the next attempt goes on from its last checkpoint.
 _MOST_DEATHS = 3
+
+# How often it is told what is being worked on.
+_STILL_S = 60.0
+
+# How long a killed command's processes may take to let their runs go.
+_LEAVE_S = 15.0
 
 # Trains as the run's only rank, in a process of its own: ``(config, run_dir) -> None``.
 Work = Callable[[RunConfig, Path], None]
@@ -39,11 +46,12 @@ def run_trials(
     parallel: int | None,
     dashboard_port: int | None = None,
     begun: Callable[[session.Session, int], None] = lambda found, parallel: None,
+    still: Callable[[list[Path]], None] = lambda running: None,
 ) -> Iterator[Ended]:
     """Work on every trial; what one meets does not stop the others.
 
-    A trial has one GPU where the cluster has GPUs, otherwise one CPU and one thread (or
-    ``trainer.threads``).
+    A trial has one GPU where the cluster has GPUs (or a part of one, where ``parallel`` asks for
+    more trials than there are), otherwise one CPU and one thread (or ``trainer.threads``).
 
     Args:
         trials: configurations with the runs' folders, which all machines reach under the same
@@ -52,6 +60,7 @@ def run_trials(
         parallel: how many at a time, at most; by default as many as there is room for.
         dashboard_port: for the page of a Ray of our own.
         begun: is told what Ray offers, and how many trials it will work on at a time.
+        still: is told once a minute which are being worked on.
 
     Yields:
         Trials as they end. Closing the iterator ends those that run.
@@ -73,36 +82,52 @@ def run_trials(
             min_cpus=parallel or 1, threads=threads, dashboard_port=dashboard_port
         ) as ray_session,
     ):
-        room = max(1, int(ray_session.num_gpus or ray_session.num_cpus))
-        at_a_time = min(parallel or room, len(trials))
-        if at_a_time > room:
-            what = "GPUs" if ray_session.num_gpus else "CPUs"
-            raise UserError(
-                f"--parallel {at_a_time}: Ray offers {room} {what}, and each trial takes one: give "
-                f"--parallel {room}, or none to take what there is"
-            )
+        at_a_time = min(parallel or _room(ray_session), len(trials))
+        options = resources(at_a_time, int(ray_session.num_cpus), int(ray_session.num_gpus))
         begun(ray_session, at_a_time)
-        yield from _run(trials, work, at_a_time, has_gpu=ray_session.num_gpus > 0)
+        yield from _run(trials, work, at_a_time, options, still)
+
+
+def _room(ray_session: session.Session) -> int:
+    return max(1, int(ray_session.num_gpus or ray_session.num_cpus))
+
+
+def resources(at_a_time: int, num_cpus: int, num_gpus: int) -> dict[str, float]:
+    """What each of so many trials takes of a cluster, as options of a task of Ray's.
+
+    Raises:
+        UserError: there are fewer CPUs, and no GPUs.
+    """
+    if num_gpus:
+        return {"num_cpus": 0, "num_gpus": 1 / math.ceil(at_a_time / num_gpus)}
+    if at_a_time > max(1, num_cpus):
+        raise UserError(
+            f"--parallel {at_a_time}: Ray offers {num_cpus} CPUs, and each training takes one: "
+            f"give --parallel {num_cpus}, or none to take what there is"
+        )
+    return {"num_cpus": 1, "num_gpus": 0}
 
 
 def _run(
-    trials: Sequence[tuple[RunConfig, Path]], work: Work, at_a_time: int, *, has_gpu: bool
+    trials: Sequence[tuple[RunConfig, Path]],
+    work: Work,
+    at_a_time: int,
+    options: dict[str, float],
+    still: Callable[[list[Path]], None],
 ) -> Iterator[Ended]:
     import ray
 
-    task = ray.remote(
-        num_cpus=0 if has_gpu else 1,
-        num_gpus=1 if has_gpu else 0,
-        max_calls=1,  # a process group, DeepSpeed's state and a log file: each in a fresh process
-        max_retries=_MOST_DEATHS,
-    )(_work)
+    # One call a process: a process group, DeepSpeed's state and a log file are made in each.
+    task = ray.remote(**options, max_calls=1, max_retries=_MOST_DEATHS)(_work)
     waiting = list(reversed(trials))
     running: dict[Any, Path] = {}
     while waiting or running:
         while waiting and len(running) < at_a_time:
             config, run_dir = waiting.pop()
             running[task.remote(work, config.to_json(), str(run_dir))] = run_dir
-        done, _ = ray.wait(list(running), num_returns=1)
+        done, _ = ray.wait(list(running), num_returns=1, timeout=_STILL_S)
+        if not done:
+            still(list(running.values()))
         for reference in done:
             yield Ended(running.pop(reference), _error_of(reference))
 
@@ -148,7 +173,3 @@ def _work(work: Work, config_json: str, run_dir: str) -> None:
         except BaseException:
             logging.getLogger(__name__).exception("the trial failed")
             raise
-
-
-# How long a killed command's processes may take to let their runs go.
-_LEAVE_S = 15.0
