@@ -1,0 +1,91 @@
+"""``babelray attention-bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cluster.options import checkpoint_option, json_option, print_json, runs_option, say
+
+
+@click.command("attention-bench")
+@click.argument("run", required=False)
+@click.option("--quick", is_flag=True, help="Small sizes only, to see that it works.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the numbers there, as JSON.",
+)
+@click.option(
+    "--input",
+    "given",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Take the numbers from such a file instead of measuring.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write attention-speed.svg and attention-scale.svg there.",
+)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the tables into this page, such as docs/paper/attention.md, and the plots into "
+    "images/paper beside the page's folder.",
+)
+@checkpoint_option
+@runs_option
+@json_option
+def attention_bench(
+    run: str | None,
+    quick: bool,
+    output: Path | None,
+    given: Path | None,
+    plots: Path | None,
+    page: Path | None,
+    checkpoint: str,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """What attentions cost, and why dot products are scaled: time, memory and numerical range of
+    every score and implementation by length and width; of a trained RUN, too, if one is given.
+
+    Takes about two minutes of one core. See docs/paper/attention.md.
+
+    \b
+    Examples:
+      babelray attention-bench
+      babelray attention-bench demo --plots plots
+      babelray attention-bench --input benchmarks/results/attention.json --plots plots
+    """
+    if given is not None and (run is not None or quick or output is not None):
+        raise click.UsageError(
+            "--input tells of numbers that are there: no RUN, no --quick, no --output"
+        )
+    from cluster.naming import find_run
+    from trainer.paper import attention_bench as bench
+    from trainer.paper.attention_page import all_tables, write_page, write_plots
+    from trainer.paper.table1_tables import text
+    from trainer.run import load_model
+
+    if given is not None:
+        result = bench.read_result(given)
+    else:
+        loaded = None if run is None else load_model(find_run(run, runs), checkpoint)
+        result = bench.measure(bench.QUICK if quick else bench.Sizes(), say, loaded)
+        if output is not None:
+            bench.write_result(output, result)
+            say(f"written: {output}")
+    written = [] if plots is None else write_plots(result, plots)
+    written += [] if page is None else write_page(result, page)
+    for file in written:
+        say(f"written: {file}")
+    if as_json:
+        print_json(result)
+        return
+    click.echo("\n\n".join(text(table) for table in all_tables(result)))
