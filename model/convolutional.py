@@ -1,8 +1,8 @@
 """Convolutional sequence to sequence: the model that the paper names beside recurrent ones.
 
 Blocks of a convolution, a gated linear unit and a residual connection; the decoder's look to the
-left only, and each attends to the encoder's output. Departures from the source, and why, are in
-``ConvolutionalModel``.
+left only, and each attends to the encoder's output. ``ConvolutionalModel`` tells where it departs
+from the source.
 
 Shapes: B batch, L length, S source length, T target length, D d_model, W kernel size, J hypotheses
 of a sentence, N = B * J.
@@ -27,14 +27,17 @@ from model.encoder_decoder import EncoderDecoder
 from model.layers import Positions
 from model.loss import PAD_ID
 
-_HALF = 0.5**0.5
+# Keeps the variance of a sum of two.
+_SQRT_HALF = 0.5**0.5
 
 
 class _Windows(torch.autograd.Function):
     """Every position's neighbourhood, side by side: [B, L, D] to [B, L, W * D].
 
-    One copy for each place in the window, and in the backward pass one sum: PyTorch's own padding,
-    slicing and joining takes 1.5 times as long in bfloat16 with its gradients.
+    So that a convolution is one matrix product. With gradients, of 2,100 positions, D 128 (512)
+    and W 3 on one core with AMX, in ms of CPU time: bfloat16 2.6 (33), where conv1d takes 5.1 (88),
+    conv2d over channels-last 4.0 (87), a product for each place of the window 3.1 (35), and windows
+    by PyTorch's own padding and joining 3.0 (36); float32 10 (134), where conv1d takes 12 (166).
     """
 
     @staticmethod
@@ -195,7 +198,13 @@ class ConvolutionalModel(EncoderDecoder):
     """Encoder and decoder of gated convolutions; every decoder block attends to the source.
 
     As in the source: queries are a map of the block's state plus the target's embedding, keys are
-    the encoder's output, values its output plus the source's embedding; one head.
+    the encoder's output, values its output plus the source's embedding; one head; both embeddings
+    know their positions. So a sentence has one set of keys and values for all blocks.
+
+    Otherwise than there: layer norm before each convolution and each attention, and dropout on what
+    a residual connection takes in, as in a pre-norm Transformer, instead of weight normalisation
+    and residual sums scaled by sqrt(1/2); scores scaled by 1 / sqrt(D) by default; and attention's
+    output not scaled by the square root of the source's length, for no variance needs keeping here.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -258,7 +267,7 @@ class ConvolutionalModel(EncoderDecoder):
         for block in self.encoder:
             states_BSD = block(states_BSD, keep_BS1)
         keys_BSD = self.encoder_norm(states_BSD)
-        values_BSD = (keys_BSD + embedded_BSD) * _HALF
+        values_BSD = (keys_BSD + embedded_BSD) * _SQRT_HALF
         return [keys_BSD[:, None], values_BSD[:, None]], mask
 
     def _decode(

@@ -18,7 +18,7 @@ from model.size import num_parameters
 from trainer.flop_count import counted_by_cost, counted_by_torch
 
 VOCAB = 37
-HALF = 0.5**0.5
+SQRT_HALF = 0.5**0.5
 
 
 def _config(**settings: Any) -> ModelConfig:
@@ -81,7 +81,7 @@ def _written_out(model: ConvolutionalModel, source_S: Tensor, target_in_T: Tenso
         assert isinstance(block, EncoderBlock)
         states = states + _conv1d(block.convolution, block.norm(states), size // 2)
     keys = model.encoder_norm(states)
-    values = (keys + source_SD) * HALF
+    values = (keys + source_SD) * SQRT_HALF
     states = target_TD
     for block in model.decoder:
         assert isinstance(block, DecoderBlock)
@@ -92,7 +92,7 @@ def _written_out(model: ConvolutionalModel, source_S: Tensor, target_in_T: Tenso
     return model.decoder_norm(states)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 5, 11])
+@pytest.mark.parametrize("kernel_size", [1, 3, 11])
 def test_equals_the_equations_written_with_conv1d(kernel_size: int) -> None:
     model = _model(kernel_size=kernel_size, dropout=0.0).double()
     source, target_in, _ = _batch()
