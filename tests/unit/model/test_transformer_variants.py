@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.build import build
 from model.config import ModelConfig
@@ -104,6 +104,38 @@ def test_every_parameter_has_a_gradient_and_steps_equal_one_pass(variant: dict[s
     model.training_loss(source, target_in, target_in, 0.1)[0].backward()
     grads = [parameter.grad for parameter in model.parameters()]
     assert all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads)
+
+
+@each_variant
+def test_parameters_are_used_in_the_forward_of_their_module_alone(variant: dict[str, Any]) -> None:
+    # As ZeRO stage 3 has it, which gathers them there and lets go of them behind it.
+    model = _fresh(**variant)
+    batch = _sources(6, 6, 30), torch.randint(4, 30, (6, 9))
+    expected = [model(*batch), model.attention_maps(*batch)["cross"], _two_steps(model, batch)]
+    kept = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+
+    def gather(module: nn.Module, _inputs: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept[parameter]
+
+    def let_go(module: nn.Module, _inputs: object, _output: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.full_like(kept[parameter], math.nan)
+
+    for module in model.modules():
+        let_go(module, None, None)
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(let_go)
+    with torch.no_grad():
+        found = [model(*batch), model.attention_maps(*batch)["cross"], _two_steps(model, batch)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def _two_steps(model: Transformer, batch: tuple[Tensor, Tensor]) -> Tensor:
+    with torch.no_grad():
+        state = model.start(batch[0], 1)
+        return torch.stack([model.step(batch[1][:, position], state) for position in range(2)])
 
 
 @each_variant
