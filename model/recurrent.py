@@ -293,7 +293,9 @@ class RecurrentModel(EncoderDecoder):
         return [hidden_BD, carried_BD] if self.config.kind == "lstm" else [hidden_BD]
 
     def _embed(self, role: str, ids_LB: Tensor) -> Tensor:
-        embedded_LBD = self.matrix(role, ids_LB, "embed") * self.config.d_model**0.5
+        # Small as they are, not scaled as the Transformer's are: the residual sum would be mostly
+        # the piece that was read, which the shared matrix turns into a prediction of that piece.
+        embedded_LBD = self.matrix(role, ids_LB, "embed")
         return dropout(embedded_LBD, self.config.dropout, training=self.training)
 
 
