@@ -110,6 +110,12 @@ def test_what_is_lost(loaded, encoded, monkeypatch):
     assert (alone.right, alone.nats) == (whole.right, pytest.approx(whole.nats, rel=1e-5))
 
 
+_ARTICLES = (
+    *("d", "ein", "kein", "mein", "sein", "ihr", "unser", "jed", "welch"),
+    *("i", "am", "z", "vom", "beim"),
+)
+
+
 class _WholeWords:
     """A vocabulary of whole words."""
 
@@ -143,10 +149,8 @@ def test_the_words_of_a_test_set(loaded, monkeypatch):
     assert {"article", "adjective", "finite verb", "verb at the end"} <= set(words.groups)
     for index, pieces in words.groups["article"]:
         [at] = pieces
-        assert _WholeWords().pieces([words.pairs[index][1][at]])[0].lower()[1:4] in {
-            *("der", "die", "das", "den", "dem", "des", "ein", "kei", "mei", "dei", "sei", "ihr"),
-            *("uns", "die", "jed", "wel", "im", "am", "ins", "zum", "zur", "vom", "bei"),
-        }
+        word = _WholeWords().pieces([words.pairs[index][1][at]])[0]
+        assert word.lower()[1:].startswith(_ARTICLES), word
     # The verb's other form stands in its place, and nothing else is changed.
     assert len(words.contrasts) > 10
     for (index, pieces), (number, others) in words.contrasts:
