@@ -5,6 +5,11 @@ its states ask the attention once, and what the attention answers goes into the 
 into the output (Wu et al. 2016, section 3.1; Chen et al. 2018). So attention runs for all targets
 at once. Layers are residual, with the norm before and dropout behind each.
 
+What attention answered at the position before does not go into the first layer, as it does in
+Bahdanau et al. 2015, for that asks for a loop over positions in which attention runs. Measured on
+an LSTM ("tiny", Multi30k, bfloat16, one thread, the same settings): with the loop validation nll
+5.74 after 38 updates in 24.7 CPU-seconds, without it 5.71 after 40 updates in 16.4.
+
 Shapes: B batch, S source length, T target length, L either, D d_model, E = 2 D, N hypotheses,
 J hypotheses of a sentence. Sequences are time-major inside: recurrent kernels read them so.
 
