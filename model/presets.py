@@ -73,7 +73,7 @@ PRESETS: dict[Kind, dict[str, dict[str, Any]]] = {
         "base": _RECURRENT_BASE,
     },
     "gru": {
-        "tiny": {**_RECURRENT_TINY, "encoder_layers": 4, "decoder_layers": 3},
+        "tiny": {**_RECURRENT_TINY, "encoder_layers": 4, "decoder_layers": 2},
         "base": _RECURRENT_BASE,
     },
     "convolutional": {
