@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.paper.attention_bench import WAYS
+from trainer.paper.attention_findings import findings
 from trainer.paper.charts import Panel, Series, write_charts
 from trainer.paper.pages import write_parts
 from trainer.paper.table1_page import markdown
@@ -141,8 +142,10 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     differences = [row["difference"] for row in result["speed"] if row["difference"] is not None
                    and row["dtype"] == "fp32"]  # fmt: skip
     return {
+        **findings(result),
         "machine": f"Measured on {result['date']} in {result['seconds']:.0f} s: {device}, shared: "
-        f"load {machine['load_before']:.1f} before and {machine['load_after']:.1f} after; PyTorch "
+        f"load {machine['load_before']:.1f} before and {machine['load_after']:.1f} after; CPU time "
+        f"of one thread, medians of {result['sizes']['rounds']} rounds in turns; PyTorch "
         f"{machine['versions']['torch']}.",
         "agreement": f"In fp32 the outputs of all {len(differences)} cells differ from the "
         f"formula's by {max(differences):.1e} at most.",
