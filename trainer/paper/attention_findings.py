@@ -100,7 +100,8 @@ def _scale(result: Mapping[str, Any]) -> Iterator[str]:
     variances = [rows[width, True]["variance"] for width in widths]
     yield (
         f"The variance of unscaled logits is d_k ({min(ratios):.2f} to {max(ratios):.2f} times "
-        f"it), of scaled ones 1 ({min(variances):.2f} to {max(variances):.2f}), as footnote 4 has it."
+        f"it), of scaled ones 1 ({min(variances):.2f} to {max(variances):.2f}), as footnote 4 "
+        "has it."
     )
     yield (
         f"At d_k = {widths[-1]:,} the entropy is {wide['entropy']:.2f} nats instead of "

@@ -14,7 +14,9 @@ from trainer.paper.table1_page import markdown
 from trainer.paper.table1_tables import Table
 
 _MODES = {"forward": "forward", "training": "forward and backward"}
-_LOOKS = {way.name: look for look, way in enumerate(WAYS)}
+# What is drawn: not what lies on another curve.
+_DRAWN = [way.name for way in WAYS if way.score != "dot" and (not way.local or way.how != "fused")]
+_LOOKS = {name: look for look, name in enumerate(_DRAWN)}
 
 
 def all_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -160,7 +162,7 @@ def write_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
         UserError: a file cannot be written.
     """
     speed, scale = folder / "attention-speed.svg", folder / "attention-scale.svg"
-    write_charts(speed, _speed_panels(result), title="What attentions cost")
+    write_charts(speed, _speed_panels(result), title="What attentions cost", legend="below")
     write_charts(scale, _scale_panels(result), title="What the scale 1/√d_k does")
     return [speed, scale]
 
@@ -194,7 +196,7 @@ def _curves(
         if row[other] == result["sizes"][other] and row["dtype"] == dtype
     ]
     curves = []
-    for name in dict.fromkeys(row["way"] for row in rows):
+    for name in dict.fromkeys(row["way"] for row in rows if row["way"] in _LOOKS):
         own = sorted((row[axis], row[value] * factor) for row in rows if row["way"] == name)
         x, y = zip(*own, strict=True)
         curves.append(Series(name, x, y, look=_LOOKS[name]))
@@ -229,5 +231,5 @@ def _scale_panels(result: Mapping[str, Any]) -> list[Panel]:
         Panel("Error of the weights in bf16", "d_k", "half the sum of differences",
               [curve("unscaled", "error", scaled=False, dtype="bf16", look=1),
                curve("scaled", "error", scaled=True, dtype="bf16", look=0)],
-              x_log=True, y_log=True),
+              x_log=True),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def test_an_unknown_preset_is_told_with_what_may_be_meant(
 
 
 def test_an_unknown_kind_is_told_whatever_the_preset() -> None:
-    message = _refusal(kind="trasnformer", preset="tiny")
+    message = _refusal(kind="attentive", preset="tiny")
     assert "kind" in message
     assert "'transformer', 'rnn', 'lstm', 'gru' or 'convolutional'" in message
 

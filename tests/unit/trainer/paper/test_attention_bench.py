@@ -141,7 +141,7 @@ def test_results_make_tables_plots_and_a_page(
 ) -> None:
     drawn: dict[Path, Sequence[Panel]] = {}
 
-    def draw(file: Path, panels: Sequence[Panel], *, title: str) -> None:
+    def draw(file: Path, panels: Sequence[Panel], *, title: str, **_: str) -> None:
         assert title
         drawn[file] = panels
 
