@@ -75,6 +75,12 @@ def forward_flops(config: ModelConfig, work: Work, *, vocab_size: int) -> float:
 
 
 def _transformer(config: ModelConfig, work: Work) -> float:
+    """Every attention as it is computed on short sentences, as PyTorch's counter sees it.
+
+    Additive scores have no product of queries and keys: the multiply-adds of a pair's hidden layer
+    with w count (as many as a dot product's), its sums and hyperbolic tangents do not. A
+    neighbourhood counts as the whole square, which it is below ``Score.blocks_from`` positions.
+    """
     d, heads = config.d_model, config.num_heads
     keys, values = heads * config.key_width, heads * config.value_width
     feed_forward = 2 * 2 * d * config.d_ff
