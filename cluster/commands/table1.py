@@ -38,7 +38,7 @@ def table1(
     """The paper's Table 1, reckoned and measured: operations, sequential steps, longest paths, time
     and memory of self-attention, recurrence and convolution.
 
-    Takes about four minutes of one core. See docs/paper/table1.md.
+    Takes about three minutes of one core. See docs/paper/table1.md.
 
     \b
     Examples:

@@ -46,13 +46,13 @@ class Sizes:
     strength_n: int = 129
     strength_d: int = 64
     seeds: int = 32
-    time_n: tuple[int, ...] = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+    time_n: tuple[int, ...] = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
     time_d: tuple[int, ...] = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
     at_n: int = 256  # where d varies
     at_d: int = 64  # where n varies
     crossing_n: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     crossing_d: tuple[int, ...] = (64, 128, 256, 512)
-    upper_n: int = 512
+    upper_n: int = 256
     upper_d: int = 256
     rounds: int = 5
 
@@ -118,6 +118,7 @@ def measure(sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
             "versions": versions(),
             "load_before": load_before,
             "load_after": os.getloadavg()[0],
+            "memory_kept": True,
         },
         "sizes": asdict(sizes),
         "layers": layers,

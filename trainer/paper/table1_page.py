@@ -12,6 +12,12 @@ from trainer.paper.table1_charts import write_all
 from trainer.paper.table1_layers import LAYERS
 from trainer.paper.table1_tables import CLOSE, MODE_NAMES, Table
 
+# By whether the allocator kept memory while times were taken: see ``table1_times.memory_kept``.
+_ALLOCATOR = {
+    True: "freed memory is kept for the next pass, as in babelray's workers",
+    False: "with the C library's own ways, so that the system's work for large blocks, up to half "
+    "of self-attention's time at n = 2048, is in them",
+}
 # How many of the exponents that differ are named.
 _NUM_NAMED = 6
 
@@ -45,7 +51,8 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     return {
         "machine": f"Times are of {result['date']}, one thread of an {machine['cpu']} "
         f"({machine['cores']} cores, shared: load {machine['load_before']:.1f} before and "
-        f"{machine['load_after']:.1f} after), PyTorch {machine['versions']['torch']}. Everything "
+        f"{machine['load_after']:.1f} after), PyTorch {machine['versions']['torch']}; "
+        f"{_ALLOCATOR[machine['memory_kept']]}. Everything "
         "else on this page is counted, and the same on every machine.",
         "findings": "\n".join(f"- {line}" for line in _findings(result)),
         **{name: markdown(table) for name, table in texts.items()},
@@ -90,7 +97,9 @@ def _counted(result: Mapping[str, Any]) -> str:
     return (
         f"Operations as PyTorch counts them equal the formula in {_equal(places)}, paths measured "
         f"by gradients in {_equal(lengths)}. Orders of operations, steps and paths are the "
-        "paper's; where our rows differ (projections, a mask), the row says what it computes."
+        "paper's. Where a row differs it is another layer: projections add nd², a mask saves "
+        "nothing, and contiguous convolutions need a stack of n/k (the paper's text has both, its "
+        "table the log_k n of dilated ones)."
     )
 
 

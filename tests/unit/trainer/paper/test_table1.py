@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from cluster.cli import cli
 from data_shards.errors import UserError
+from tests.workplace import REPOSITORY
 from trainer.paper import table1, table1_charts, table1_counts, table1_tables
 from trainer.paper.charts import Panel
 from trainer.paper.table1_fit import crossing, fit_line, fit_power
@@ -296,6 +297,16 @@ def test_the_page_is_written_from_the_results_alone(
     expected = [row["seconds"] * 1e3 for row in rows if row["mode"] == "forward"]
     (rnn,) = [one for one in time_panel.series if one.name == "recurrence (RNN)"]
     assert (list(rnn.x), rnn.y) == (list(TINY.time_n), expected)
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    committed = (REPOSITORY / "docs" / "paper" / "table1.md").read_text()
+    result = table1.read_result(REPOSITORY / "benchmarks" / "results" / "table1.json")
+    for name, part in parts(result).items():
+        assert f"<!-- {name}: begin -->\n\n{part}\n\n<!-- {name}: end -->" in committed, name
+    for name in table1_charts.NAMES:
+        assert f"(../images/paper/table1-{name}.svg)" in committed
+        assert (REPOSITORY / "docs" / "images" / "paper" / f"table1-{name}.svg").is_file()
 
 
 def run(*arguments: object) -> Result:
