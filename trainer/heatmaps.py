@@ -84,7 +84,8 @@ def select(maps: AttentionMaps, kind: Kind, layer: int | None, head: int | str) 
     for number in range(1, num_layers + 1) if layer is None else [layer]:
         weights_HQK = weights_LHQK[number - 1]
         if head == "mean":
-            panels.append(Panel(f"layer {number}, mean of {num_heads} heads", weights_HQK.mean(0)))
+            mean = f", mean of {num_heads} heads" if num_heads > 1 else ""
+            panels.append(Panel(f"layer {number}{mean}", weights_HQK.mean(0)))
             continue
         heads = [head] if isinstance(head, int) else range(1, num_heads + 1)
         panels += [Panel(f"layer {number}, head {one}", weights_HQK[one - 1]) for one in heads]
