@@ -89,11 +89,13 @@ class ModelConfig(BaseModel):
         if not isinstance(values, dict) or values.get("preset") is None:
             return values
         kind, name = values.get("kind", "transformer"), values["preset"]
+        if not isinstance(kind, str) or not isinstance(name, str):
+            return values  # the field itself is wrong, and will be told
         presets = PRESETS.get(kind)
         if presets is None:
             return values  # the kind itself is wrong, and will be told
         if name not in presets:
-            close = get_close_matches(str(name), presets, n=1)
+            close = get_close_matches(name, presets, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ValueError(
                 f"model.preset: {kind} has no preset {name!r}; {hint}known: {', '.join(presets)}"
@@ -111,13 +113,15 @@ class ModelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_heads(self) -> ModelConfig:
-        if self.d_model % self.num_heads and (self.d_k is None or self.d_v is None):
+    def _check_shape(self) -> ModelConfig:
+        divides = self.d_model % self.num_heads == 0 or self.kind not in _TRANSFORMER
+        if not divides and (self.d_k is None or self.d_v is None):
             raise ValueError(
                 f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}: "
                 "choose a number of heads that divides the width, or give d_k and d_v"
             )
-        if self.d_model % 2:
+        sinusoidal = self.kind in _WITH_POSITIONS and self.positions == "sinusoidal"
+        if self.d_model % 2 and sinusoidal:
             raise ValueError("d_model must be even: sinusoidal positions come in sine-cosine pairs")
         if self.kernel_size % 2 == 0:
             raise ValueError("kernel_size must be odd: as many neighbours on either side")

@@ -293,6 +293,8 @@ class RecurrentModel(EncoderDecoder):
         return memory_BSD, mask, starts
 
     def _start(self, carried_BD: Tensor) -> list[Tensor]:
+        # A layer's part of the bridge is a strided view, which cuDNN refuses as a state.
+        carried_BD = carried_BD.contiguous()
         # An LSTM's cells are not bounded; its hidden state is as if all gates were open.
         hidden_BD = carried_BD.tanh()
         return [hidden_BD, carried_BD] if self.config.kind == "lstm" else [hidden_BD]

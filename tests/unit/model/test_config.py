@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from model.build import build
 from model.config import ModelConfig
 from model.presets import PRESETS, Kind
 from model.size import num_parameters
@@ -55,6 +57,40 @@ def test_a_field_of_another_kind_is_refused(kind: str, field: str, value: object
     assert f"model.{field} is of kind {of}; {kind} has none: leave it out" in message
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": ["tiny"]},
+        {"preset": {"a": 1}},
+        {"preset": 5},
+        {"preset": "tiny", "kind": ["x"]},
+        {"preset": "tiny", "kind": {}},
+    ],
+)
+def test_a_preset_or_kind_that_is_no_word_is_told_as_such(settings: dict[str, Any]) -> None:
+    wrong = "kind" if "kind" in settings else "preset"
+    message = _refusal(**settings)
+    assert f"\n{wrong}\n" in message
+    assert "Input should be" in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "lstm", "d_model": 100},
+        {"kind": "rnn", "d_model": 33},
+        {"kind": "convolutional", "d_model": 100},
+        {"kind": "convolutional", "d_model": 33, "positions": "learned"},
+        {"d_model": 33, "num_heads": 3, "positions": "learned"},
+    ],
+)
+def test_a_width_need_only_suit_what_the_model_has(settings: dict[str, Any]) -> None:
+    model = build(ModelConfig(encoder_layers=1, decoder_layers=1, **settings), 16)
+    ids = torch.randint(4, 16, (2, 3))
+    loss, _ = model.training_loss(ids, ids, ids, 0.1)
+    assert torch.isfinite(loss)
+
+
 @pytest.mark.parametrize("missing", [{}, {"d_k": 16}, {"d_v": 16}])
 def test_heads_that_do_not_divide_the_width_need_both_widths(missing: dict[str, int]) -> None:
     message = _refusal(d_model=512, num_heads=6, **missing)
@@ -74,6 +110,7 @@ def test_widths_of_heads_follow_the_model_unless_given() -> None:
     [
         ({"kind": "convolutional", "kernel_size": 4}, "kernel_size must be odd"),
         ({"d_model": 33, "num_heads": 3}, "d_model must be even"),
+        ({"kind": "convolutional", "d_model": 33}, "d_model must be even"),
         ({"d_modle": 32}, "d_modle"),
         ({"attention": "dotted"}, "'scaled_dot', 'dot', 'general' or 'additive'"),
         ({"local_radius": -1}, "greater than or equal to 0"),

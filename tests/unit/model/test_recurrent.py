@@ -64,6 +64,29 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
     return source, target_in, target
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_state_that_a_unit_is_given_is_contiguous(kind: str) -> None:
+    # cuDNN takes no other ("rnn: cx is not contiguous"); a CPU takes all.
+    model, (source, target_in, _) = _model(kind), _batch()
+    given: list[Tensor] = []
+
+    def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        state = inputs[1]
+        if state is not None:
+            given.extend(state if isinstance(state, tuple) else [state])
+
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_pre_hook(note)
+    model.states(source, target_in)
+    with torch.no_grad():
+        state = model.start(source, 3)
+        model.step(torch.full((12,), 1), state)
+        model.step(torch.full((12,), 4), state)
+    assert len(given) == 3 * 3 * (2 if kind == "lstm" else 1)
+    assert all(part.is_contiguous() for part in given)
+
+
 def _unit(kind: str, unit: nn.Module, input_D: Tensor, state: list[Tensor]) -> list[Tensor]:
     """One position of one unit, from the papers' formulas."""
     weights = dict(unit.named_parameters())
