@@ -1,7 +1,7 @@
 """Attention against recurrence and convolution: the same corpus, the same cores, the same minutes.
 
     python benchmarks/kinds.py                  # trains every kind, one after the other (an hour)
-    python benchmarks/kinds.py --minutes 2 --kinds lstm gru
+    python benchmarks/kinds.py --minutes 2 --kinds transformer lstm
     python benchmarks/kinds.py --page           # only writes docs/paper/kinds.md again
 
 Every kind is trained by ``babelray train`` for the same wall time on two workers, with the schedule
@@ -41,18 +41,20 @@ from data_shards.shards import prepare
 from trainer.config import RunConfig, load_config
 from trainer.paper.charts import Panel, Series, write_charts
 from trainer.paper.pages import markdown_table, write_parts
-from trainer.run import open_checkpoints, read_events
+from trainer.run import open_checkpoints, read_config, read_events
 
 CONFIG = ROOT / "configs" / "multi30k.yaml"
 PAGE = ROOT / "docs" / "paper" / "kinds.md"
 PLOT = ROOT / "docs" / "images" / "paper" / "kinds.svg"
 
+_RECURRENT = ["trainer.peak_learning_rate=0.012", "trainer.warmup_steps=200"]
+
 # What each kind trains best with, as far as a few short runs told; all else is of CONFIG.
 SETTINGS: dict[str, list[str]] = {
     "transformer": [],
-    "lstm": [],
-    "gru": [],
-    "rnn": [],
+    "lstm": _RECURRENT,
+    "gru": _RECURRENT,
+    "rnn": _RECURRENT,
     "convolutional": [],
 }
 NAMES = {
@@ -87,6 +89,8 @@ class Experiment:
             "trainer.keep_checkpoints=100",
             "trainer.metrics_port=0",
             "trainer.log_every=10",
+            "trainer.validate_every=200",
+            "trainer.checkpoint_every=200",
             *SETTINGS[kind],
         ]
 
@@ -99,6 +103,24 @@ class Experiment:
             stdout=subprocess.PIPE,
             text=True,
         ).stdout
+
+    def check(self) -> None:
+        """Whether runs that are there are of this experiment.
+
+        Raises:
+            SystemExit: another run is in the way, or there is nothing to compare with.
+        """
+        if "transformer" not in self.kinds:
+            raise SystemExit("--kinds: the others are compared with the Transformer: name it, too")
+        for kind in self.kinds:
+            run_dir = self.folder / "runs" / kind
+            if (run_dir / "config.json").is_file():
+                wanted = load_config(CONFIG, self.of(kind))
+                if read_config(run_dir).model_dump() != wanted.model_dump():
+                    raise SystemExit(
+                        f"{run_dir} was trained with other settings or minutes: give another "
+                        "--folder, or remove it"
+                    )
 
     def train(self, kind: str) -> None:
         """Train a kind, or go on with it."""
@@ -130,7 +152,7 @@ class Experiment:
         best = _result(run_dir, "best")
         return {
             "kind": kind,
-            "settings": self.of(kind),
+            "settings": [f"model.kind={kind}", *SETTINGS[kind]],
             "parameters": started["parameters"],
             "steps": last["step"],
             "tokens": last["source_tokens"] + last["target_tokens"],
@@ -180,9 +202,13 @@ class Experiment:
             finally:
                 for worker in workers:
                     worker.close()
+        of_kind = dict(zip(self.kinds, turns, strict=True))
         return {
-            kind: {"tokens_per_cpu_s": asdict(rates(own)), "ratio": asdict(ratios(own, turns[0]))}
-            for kind, own in zip(self.kinds, turns, strict=True)
+            kind: {
+                "tokens_per_cpu_s": asdict(rates(own)),
+                "ratio": asdict(ratios(own, of_kind["transformer"])),
+            }
+            for kind, own in of_kind.items()
         }
 
 
@@ -225,7 +251,8 @@ def table(result: dict[str, Any]) -> str:
             )
         )
     return markdown_table(
-        ("kind", "parameters", "steps", "tokens trained", "tokens per CPU-second", "ratio",
+        ("kind", "parameters", "steps", "tokens trained", "tokens per CPU-second",
+         "of the Transformer's",
          "validation nll", "BLEU", "chrF", "BLEU against the Transformer"),
         rows,
     )  # fmt: skip
@@ -290,6 +317,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Train and evaluate all, measure their speed, write the result."""
     before = machine()
     experiment = Experiment(arguments)
+    experiment.check()
     for kind in experiment.kinds:
         print(f"{kind}: {arguments.minutes} minutes")
         experiment.train(kind)
