@@ -7,6 +7,8 @@ archive line by line; the parts follow one another in the order in which the ent
 from __future__ import annotations
 
 import gzip
+import io
+import os
 import re
 import tarfile
 import zlib
@@ -27,6 +29,8 @@ _SEGMENT = re.compile(rb"<seg\b[^>]*>(.*?)</seg>", re.DOTALL | re.IGNORECASE)
 _SEGMENT_BEGIN = re.compile(rb"<seg\b", re.IGNORECASE)
 # Of a text of segments; the largest of WMT has less than a megabyte.
 _MOST_SEGMENT_BYTES = 64 << 20
+_READ_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 # Of TED talks: what is spoken is in lines without a tag; title and description are text too.
 _TALK_TEXT = re.compile(rb"\s*<(title|description)>(.*?)(</\1>)?\s*$")
 _TALK_OTHER = re.compile(rb"\s*</?(url|talkid|keywords|speaker|reviewer|translator|doc)\b")
@@ -134,9 +138,14 @@ def open_heldout(
     parts: tuple[Part, ...], archives: Mapping[str, Path], source: str, target: str
 ) -> Callable[[], Iterator[tuple[str, str]]]:
     """As :func:`open_parts`, for a validation or test set: decoded, nothing passed over."""
-    read = open_parts(parts, archives, source, target)
-    name = " and ".join(f"{archives[part.archive]} ({part.member})" for part in parts)
-    return lambda: decode_pairs(f"{name}, {source}", f"{name}, {target}", read())
+
+    def read() -> Iterator[tuple[str, str]]:
+        for part in parts:
+            archive = archives[part.archive]
+            labels = _labels(part, archive, source, target)
+            yield from decode_pairs(*labels, _read_part(part, archive, source, target))
+
+    return read
 
 
 def trust(archive: Archive, path: Path, parts: tuple[Part, ...], record: Path) -> str:
@@ -156,8 +165,8 @@ def trust(archive: Archive, path: Path, parts: tuple[Part, ...], record: Path) -
     if archive.expected.sha256 is not None:
         return archive.expected.sha256
     actual = file_sha256(path)
-    if record.exists():
-        seen = record.read_text(encoding="utf-8").split(" ")[0].strip()
+    seen = _recorded(record)
+    if seen is not None:
         if seen != actual:
             raise DataError(
                 f"{path}: no sha256 of this file is published, and the first one seen here was "
@@ -167,8 +176,19 @@ def trust(archive: Archive, path: Path, parts: tuple[Part, ...], record: Path) -
         return actual
     _check_members(path, parts)
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(f"{actual}  {archive.file}\n", encoding="utf-8")
+    # Never half a record: a run that is killed here leaves none.
+    draft = record.with_name(f"{record.name}.{os.getpid()}.part")
+    draft.write_text(f"{actual}  {archive.file}\n", encoding="utf-8")
+    draft.replace(record)
     return actual
+
+
+def _recorded(record: Path) -> str | None:
+    """The sha256 in a record; None where there is no record, or no sha256 in it."""
+    if not record.exists():
+        return None
+    first = record.read_text(encoding="utf-8", errors="replace").partition(" ")[0].strip()
+    return first if _SHA256.fullmatch(first) else None
 
 
 def member_names(part: Part, source: str, target: str) -> tuple[str, str]:
@@ -185,8 +205,14 @@ def _read_part(
     names = member_names(part, source, target)
     # Each side has its own handle, so that two members can be read in step.
     sides = [_read_member(archive, name, part.form) for name in names]
-    labels = [f"{name} in {archive}" for name in names]
+    labels = _labels(part, archive, source, target)
     return pair_lines(labels[0], sides[0], labels[1], sides[1])
+
+
+def _labels(part: Part, archive: Path, source: str, target: str) -> tuple[str, str]:
+    """What messages call the two sides."""
+    names = member_names(part, source, target)
+    return f"{names[0]} in {archive}", f"{names[1]} in {archive}"
 
 
 def _read_member(archive: Path, name: str, form: str) -> Iterator[bytes]:
@@ -233,6 +259,7 @@ def _check_members(path: Path, parts: tuple[Part, ...]) -> None:
     try:
         with tarfile.open(path) as tar:
             names = [member.name.rsplit("/", 1)[-1] for member in tar]
+            _check_end(tar)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise _damaged(path, error) from None
     for pattern in sorted(patterns):
@@ -242,6 +269,25 @@ def _check_members(path: Path, parts: tuple[Part, ...]) -> None:
                 "the archive that the catalogue means. Remove it and run the command again, or "
                 "correct the mirror"
             )
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Behind the last member: tarfile takes an archive that is cut there for a whole one.
+
+    Raises:
+        TarError, OSError, EOFError, zlib.error: it does not end as it should.
+    """
+    file = tar.fileobj
+    assert file is not None  # the archive is open
+    if isinstance(file, io.BufferedReader):
+        # Not compressed: an empty block tells the end.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("no end of archive")
+        return
+    # The checksum of what was compressed stands behind it.
+    while file.read(_READ_BYTES):
+        pass
 
 
 def _segments(text: bytes, label: str) -> Iterator[bytes]:

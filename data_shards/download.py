@@ -97,8 +97,11 @@ def fetch(
     with _open_locked(part) as file:
         try:
             # The process that held the lock before us may have finished the file.
-            if path.exists() and expected.problem(path) is None:
-                return path
+            if path.exists():
+                problem = expected.problem(path)
+                if problem is None:
+                    return path
+                progress(f"{path} is fetched again, for it is not as expected: {problem}")
             if not expected.has_checksum:
                 file.truncate(0)
             started = time.monotonic()

@@ -8,12 +8,13 @@ import io
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from data_shards.archived_corpora import ARCHIVED, IWSLT14, WMT14_EN_DE, WMT14_EN_FR
-from data_shards.archives import Archive, ArchivedEntry
+from data_shards.archives import Archive, ArchivedEntry, Part, open_heldout
 from data_shards.config import DataConfig
 from data_shards.corpora import Corpus, open_corpus
 from data_shards.download import Expected
@@ -294,6 +295,55 @@ def test_a_damaged_archive_is_never_trusted(
     assert not (tmp_path / "raw").exists()
 
 
+def _cut_behind_last_member(path: Path) -> bytes:
+    """A tar without what tells its end."""
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        end = tar.offset
+    return path.read_bytes()[:end]
+
+
+@pytest.mark.parametrize("damage", ["cut", "sum", "plain"])
+def test_an_archive_that_ends_before_its_end_is_never_trusted(
+    files: Path, use: Use, tmp_path: Path, damage: str
+) -> None:
+    path = files / "de-en.tgz"
+    # All members are there; the checksum behind them is missing or wrong, or the tar has no end.
+    if damage == "plain":
+        path.write_bytes(_cut_behind_last_member(unpacked(path)))
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:-8] + (b"" if damage == "cut" else b"\1" * 8))
+    entry = use(served(IWSLT14, "http://127.0.0.1:9"))
+    with pytest.raises(DataError, match=r"cannot be read as an archive .*damaged"):
+        open_(entry, tmp_path, files)
+    assert not (tmp_path / "raw").exists()
+
+
+def test_a_tar_that_is_not_compressed_is_trusted(files: Path, use: Use, tmp_path: Path) -> None:
+    unpacked(files / "de-en.tgz").replace(files / "de-en.tgz")
+    corpus = open_(use(served(IWSLT14, "http://127.0.0.1:9")), tmp_path, files)
+    assert next(corpus.train())[1] == b"A title"
+
+
+def unpacked(path: Path) -> Path:
+    """The gzipped tar without its compression, beside it."""
+    plain = path.with_suffix(".tar")
+    plain.write_bytes(gzip.decompress(path.read_bytes()))
+    return plain
+
+
+@pytest.mark.parametrize("half", [b"", b"0123abc", b"\xff\xfe", b"g" * 64])
+def test_half_a_record_is_none(files: Path, use: Use, tmp_path: Path, half: bytes) -> None:
+    record = tmp_path / "raw" / "iwslt14" / "de-en.tgz.sha256"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(half)
+    open_(use(served(IWSLT14, "http://127.0.0.1:9")), tmp_path, files)
+    seen = hashlib.sha256((files / "de-en.tgz").read_bytes()).hexdigest()
+    assert record.read_text() == f"{seen}  de-en.tgz\n"
+    assert list(record.parent.iterdir()) == [record]
+
+
 def test_a_part_of_what_has_no_checksum_is_not_taken_up(
     files: Path, serve: Serve, use: Use, tmp_path: Path
 ) -> None:
@@ -334,6 +384,24 @@ def test_segments_that_do_not_end_are_damage(files: Path, use: Use, tmp_path: Pa
     corpus = open_(use(known(WMT14_EN_DE, files)), tmp_path, files)
     with pytest.raises(DataError, match="2 segments begin, 1 end"):
         list(corpus.heldout["test"]())
+
+
+def test_a_line_of_a_test_set_is_named_by_member_and_its_number_there(
+    files: Path, tmp_path: Path
+) -> None:
+    members = {
+        "a.de": b"eins\nzwei\n",
+        "a.en": b"one\ntwo\n",
+        "b.de": b"drei\n\xff\n",
+        "b.en": b"three\nfour\n",
+    }
+    make_archive(files / "two.tgz", members)
+    parts = (Part("two.tgz", "a.{language}"), Part("two.tgz", "b.{language}"))
+    read = open_heldout(parts, {"two.tgz": files / "two.tgz"}, "de", "en")
+    with pytest.raises(DataError) as caught:
+        list(read())
+    assert f"b.de in {files / 'two.tgz'}, line 2: not UTF-8" in str(caught.value)
+    assert list(islice(read(), 3))[2] == ("drei", "three")
 
 
 def test_a_language_that_the_corpus_has_not_is_explained(tmp_path: Path) -> None:

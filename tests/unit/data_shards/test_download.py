@@ -175,8 +175,12 @@ def test_a_wrong_checksum_names_everything_and_leaves_nothing(
 def test_a_damaged_earlier_download_is_replaced(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "file.gz"
     path.write_bytes(CONTENT[:-1])
-    fetch([server.url("/file.gz")], path, expected=Expected(sha256=SHA256))
+    told: list[str] = []
+    expected = Expected(sha256=SHA256, num_bytes=len(CONTENT))
+    fetch([server.url("/file.gz")], path, expected=expected, progress=told.append)
     assert path.read_bytes() == CONTENT
+    found = f"expected {len(CONTENT):,} bytes, found {len(CONTENT) - 1:,}"
+    assert told[0] == f"{path} is fetched again, for it is not as expected: {found}"
 
 
 def test_the_next_address_is_tried_where_the_file_is_not(server: Server, tmp_path: Path) -> None:
