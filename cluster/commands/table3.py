@@ -96,6 +96,11 @@ def _rows(
     help="Write the result into the parts of this page.",
 )
 @click.option(
+    "--part",
+    metavar="NAME",
+    help="With --page: only the scores of each training, into the part of this name.",
+)
+@click.option(
     "--image",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.svg",
@@ -128,6 +133,7 @@ def table3(
     dashboard_port: int | None,
     output: Path | None,
     page: Path | None,
+    part: str | None,
     image: Path | None,
     result_file: Path | None,
     only_done: bool,
@@ -154,10 +160,11 @@ def table3(
     else:
         from cluster.paper import table3 as trials
         from trainer.config import load_config
-        from trainer.paper.table3 import chosen_rows
+        from trainer.paper.table3 import chosen_rows, with_steps
 
-        base = load_config(config_file or _CONFIG, with_mirror(settings, mirror))
-        planned = trials.plan(base, chosen_rows(rows, seeds), steps=steps, runs=runs, prefix=prefix)
+        given = load_config(config_file or _CONFIG, with_mirror(settings, mirror))
+        base = with_steps(given, seed=1, steps=steps)
+        planned = trials.plan(base, chosen_rows(rows, seeds), runs=runs, prefix=prefix)
         found = trials.finished(planned)
         if dry_run:
             click.echo(_lines(trials.described(planned, found)))
@@ -175,7 +182,9 @@ def table3(
         summary = table3_summary.summarise(found, base)
     if output is not None:
         table3_summary.write(summary, output)
-    if page is not None:
+    if page is not None and part is not None:
+        table3_page.write_trainings(summary, page, part)
+    elif page is not None:
         table3_page.write(summary, page)
     if image is not None:
         table3_page.draw(summary, image)

@@ -33,14 +33,13 @@ class Planned:
 
 
 def plan(
-    base: RunConfig, rows: Sequence[tuple[Row, int]], *, steps: int | None, runs: Path, prefix: str
+    base: RunConfig, rows: Sequence[tuple[Row, int]], *, runs: Path, prefix: str
 ) -> list[Planned]:
     """All trainings, in the order in which they are begun; nothing is written.
 
     Args:
         base: the configuration of the row "base".
         rows: each with its number of seeds.
-        steps: of every training; by default as ``base`` has them.
         runs: the folder of runs.
         prefix: what the runs' names begin with.
 
@@ -50,7 +49,7 @@ def plan(
     naming.check_name(prefix)
     planned = []
     for row, seed in order(rows):
-        config = naming.absolute(with_steps(scaled(row, base), seed, steps))
+        config = naming.absolute(with_steps(scaled(row, base), seed, base.trainer.max_steps))
         run_dir = (runs / trial_name(prefix, row, seed)).absolute()
         planned.append(Planned(row, seed, config, run_dir))
     return planned
@@ -137,8 +136,8 @@ def train(
         still=still,
     ):
         item = missing[ended.run_dir]
-        trial = read_trial(ended.run_dir)
-        if ended.error is not None or trial is None:
+        trial = read_trial(ended.run_dir) if ended.error is None else None
+        if trial is None:
             failed.append(f"{item.run_dir.name}: {ended.error or 'it left no result'}")
             say(failed[-1])
             continue

@@ -188,12 +188,13 @@ def order(rows: Sequence[tuple[Row, int]]) -> list[tuple[Row, int]]:
 DEFAULT_ROWS: dict[str, int] = {
     "base": 3,
     "A-1-head": 3,
+    "B-d_k-16": 1,
     "C-2-layers": 3,
     "C-d_model-256": 3,
-    "D-dropout-0": 1,
     "C-d_ff-1024": 1,
-    "E-learned": 1,
+    "D-dropout-0": 1,
     "D-smoothing-0": 1,
+    "E-learned": 1,
 }
 
 

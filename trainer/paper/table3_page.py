@@ -195,18 +195,15 @@ def setting_lines(summary: Summary) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def seed_cells(summary: Summary) -> list[list[str]]:
-    """A line a training of the rows with several seeds."""
-    return [
-        [
-            row["row"],
-            str(seed),
-            *(f"{row[f'{metric}_of_seeds'][index]:.2f}" for metric in
-              ("perplexity", "bleu_valid", "bleu_test")),
-        ]
+def seed_table(summary: Summary) -> str:
+    """A line a training."""
+    metrics = ("perplexity", "bleu_valid", "bleu_test")
+    cells = [
+        [row["row"], str(seed), *(f"{row[f'{metric}_of_seeds'][index]:.2f}" for metric in metrics)]
         for row in summary["rows"]
         for index, seed in enumerate(row["seeds"])
-    ]  # fmt: skip
+    ]
+    return markdown_table(("row", "seed", "perplexity", "BLEU valid", "BLEU test"), cells)
 
 
 def size_cells() -> list[list[str]]:
@@ -274,12 +271,20 @@ def write(summary: Summary, page: Path, image: Path | None = None) -> None:
             "scores": markdown_table(SCORES_HEADER, score_cells(summary), text=2),
             "differences": markdown_table(DIFFERENCES_HEADER, difference_cells(summary)),
             "verdicts": "\n".join(f"- {line}" for line in verdict_lines(summary)),
-            "seeds": markdown_table(("row", "seed", "perplexity", "BLEU valid", "BLEU test"),
-                                    seed_cells(summary)),
+            "seeds": seed_table(summary),
         },
-    )  # fmt: skip
+    )
     if image is not None:
         draw(summary, image)
+
+
+def write_trainings(summary: Summary, page: Path, part: str) -> None:
+    """Only the line of each training, into a part of the page with a name of its own.
+
+    Raises:
+        UserError: as ``write``.
+    """
+    write_parts(page, {part: seed_table(summary)})
 
 
 def draw(summary: Summary, image: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 
 from data_shards.config import PAD_ID
+from data_shards.errors import UserError
 from trainer.attempt import train
 from trainer.config import RunConfig
 from trainer.paper.table3_statistics import bleu_counts
@@ -58,11 +59,21 @@ class Trial:
 
 
 def read_trial(run_dir: Path) -> Trial | None:
-    """What a finished trial found; None if it is not done."""
+    """What a finished trial found; None if it is not done.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    file = run_dir / RESULT
     try:
-        return Trial(**json.loads((run_dir / RESULT).read_text(encoding="utf-8")))
+        return Trial(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} holds no result of a trial ({error}): remove it, and the same command judges "
+            "the run again"
+        ) from None
 
 
 def run_trial(config: RunConfig, run_dir: Path) -> None:

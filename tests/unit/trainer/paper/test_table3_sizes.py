@@ -38,7 +38,7 @@ def test_the_range_of_vocabularies_of_all_rows_but_big_is_exact() -> None:
     others = [row for row in listed() if row.name != BIG]
 
     def fits(vocabulary: int) -> bool:
-        return all(millions(counted(row, vocabulary)) == row.parameters for row in others)
+        return all(millions(reckoned(row, vocabulary)) == row.parameters for row in others)
 
     assert fits(allowed[0])
     assert fits(allowed[-1])
