@@ -22,12 +22,15 @@ from data_shards.errors import UserError
     metavar="TFLOPS",
     help="What one device reaches in training, instead of a share of its peak.",
 )
-@click.option("--memory", type=float, metavar="GB", help="Memory of a device that is not known.")
+@click.option(
+    "--memory", type=float, metavar="GB", help="Memory of one device, instead of its data sheet's."
+)
 @click.option(
     "--utilisation",
     type=float,
     metavar="SHARE",
-    help="Share of the peak that training reaches; by default 0.345 (docs/paper/recipe.md).",
+    help="Share of the peak that training reaches; by default, for the Transformer, 0.345 "
+    "(docs/paper/recipe.md).",
 )
 @click.option("--price", type=float, metavar="RATE", help="Price of a device-hour.")
 @click.option(
@@ -58,6 +61,8 @@ def plan(
     Batches, steps an epoch, parameters, memory by ZeRO stage, operations, hours, price and disk of
     a configuration on given devices. A corpus that is prepared is counted; of WMT14 and IWSLT14
     published figures are taken; of any other give --pairs, --source-length and --target-length.
+    How fast a device trains is known of the Transformer only: for the hours of another kind of
+    model give --utilisation or --sustained.
 
     \b
     Examples:
@@ -73,8 +78,6 @@ def plan(
 
     if hardware is not None and (gpus is not None or gpu is not None):
         raise UserError("give --hardware NxGPU, or --gpus N and --gpu NAME, not both")
-    if memory is not None and sustained is None:
-        raise UserError("--memory describes a device that is not known: give --sustained as well")
     if hardware is None and gpu is None:
         raise UserError("say what to reckon for: --hardware 8xH100, or --gpus 8 --gpu H100")
     if sustained is not None and utilisation is not None:

@@ -7,7 +7,7 @@ this system; theirs is the float32 rate that the paper reckons with.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from data_shards.errors import UserError
@@ -42,6 +42,8 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
+        # A machine of eight: 1,440 GB and 64 TB/s.
+        Device("B200", 180, 8000),
         Device("H200", 141, 4800, 475),
         Device("H100", 80, 3350, 476),
         Device("A100-80", 80, 2039, 200),
@@ -100,13 +102,15 @@ def make_hardware(num_devices: int, name: str, *, memory_gb: float | None = None
     """So many of a kind; the name in any case, ``A100`` for the one with 80 GB.
 
     Args:
-        memory_gb: of a device without a data sheet here.
+        memory_gb: of one, instead of what its data sheet has; a device without one needs it.
 
     Raises:
-        UserError: none, or a device that is not known.
+        UserError: none, a device that is not known, or no such memory.
     """
     if num_devices < 1:
         raise UserError(f"{num_devices} devices: at least 1 is needed")
+    if memory_gb is not None and not 0 < memory_gb < float("inf"):
+        raise UserError(f"--memory {memory_gb:g}: give the memory of one device in GB, such as 80")
     known = {key.lower(): device for key, device in DEVICES.items()}
     known |= {short.lower(): DEVICES[full] for short, full in _SHORT.items()}
     device = known.get(name.lower())
@@ -119,6 +123,8 @@ def make_hardware(num_devices: int, name: str, *, memory_gb: float | None = None
             f"no data sheet of {name!r} here; {hint}known: {', '.join(DEVICES)}. For another "
             "device give --sustained TFLOPS and --memory GB"
         )
+    if memory_gb is not None:
+        device = replace(device, memory_gb=memory_gb)
     return Hardware(device, num_devices)
 
 

@@ -15,8 +15,11 @@ from trainer.config import TrainerConfig
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # trainer.engine: elements of DeepSpeed's buckets, one that gathers and one that reduces.
 _BUCKET_ELEMENTS, _NUM_BUCKETS = 50_000_000, 2
-# model.loss: logits held at a time on a GPU, and how many matrices of that size.
+# model.loss: logits held at a time on a GPU, and how many matrices of that size: in the precision
+# of the run the logits and their softmax, in float32 what logsumexp makes, and in half precision
+# the logits once more that it reads.
 _LOGITS_ELEMENTS, _NUM_LOGITS = 1 << 27, 2
+_LOGSUMEXP_BYTES = {"fp32": 4, "bf16": 8, "fp16": 8}
 _MASTER_BYTES, _MOMENTS_BYTES, _AVERAGE_BYTES = 4, 8, 4
 
 
@@ -73,7 +76,8 @@ def memory(
     activations = activation_bytes(model, trainer.precision, tokens_per_lane)
     if activations is not None:
         rows = min(tokens_per_lane, _LOGITS_ELEMENTS / vocab_size)
-        activations += _NUM_LOGITS * rows * vocab_size * item
+        a_logit = _NUM_LOGITS * item + _LOGSUMEXP_BYTES[trainer.precision]
+        activations += rows * vocab_size * a_logit
         # The loss has the softmax matrix' gradient before the backward pass asks for it.
         activations += 4 * vocab_size * model.d_model
     return Memory(

@@ -25,6 +25,7 @@ _LAUNCH_S_PER_LAYER = 8.3e-3 / 12
 _ADAM_BYTES = 32
 _DEVICES_PER_MACHINE = 8
 _STAGES = (0, 1, 2, 3)
+_SEQUENTIAL = frozenset({"rnn", "lstm", "gru"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Batches:
     Attributes:
         source_tokens, target_tokens: of a mean step, end signs included, padding not.
         not_padding: share of what is computed on that is text, of both sides together.
-        epochs: of the run; None where only a time is set.
+        epochs: of the run.
     """
 
     pairs_per_step: float
@@ -43,7 +44,7 @@ class Batches:
     tokens_per_lane: int
     not_padding: float
     steps_per_epoch: float
-    epochs: float | None
+    epochs: float
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,34 @@ class Times:
     """Seconds of a step by what they go into, and the run.
 
     Attributes:
-        compute: operations over rate and utilisation.
-        launch: the least that the CPU needs to start the lanes' kernels; beside ``compute``.
+        compute: operations over rate and utilisation; None where that share is not known, and so
+            with all that follows from it.
+        launch: the least that the CPU needs to start the lanes' kernels, beside ``compute``; None
+            for another kind than the Transformer, of which it was not measured.
         optimizer: Adam; 0 where the memory's bandwidth is not known.
         reduction: gradients and weights between the devices of one machine; None: not reckoned.
         hours, device_hours, price: of ``num_steps``; price is None where none was given.
     """
 
-    compute: float
-    launch: float
+    compute: float | None
+    launch: float | None
     optimizer: float
     reduction: float | None
-    step: float
+    step: float | None
     num_steps: float
-    hours: float
-    device_hours: float
+    hours: float | None
+    device_hours: float | None
     price: float | None
 
 
 @dataclass(frozen=True)
 class Dry:
-    """The plan of a run."""
+    """The plan of a run.
+
+    Attributes:
+        rate: of one device; memory and reductions are of its precision as well.
+        utilisation: share of that rate; None: not known for this kind of model.
+    """
 
     config: RunConfig
     hardware: Hardware
@@ -81,7 +89,7 @@ class Dry:
     flops_per_step: float
     flops: float
     rate: Rate
-    utilisation: float
+    utilisation: float | None
     times: Times
     memory: tuple[Memory, ...]
     checkpoint_bytes: int
@@ -105,32 +113,35 @@ def reckon(
     """The plan of a configuration on devices.
 
     Args:
-        utilisation: share of the peak that training reaches; by default ``UTILISATION``.
+        utilisation: share of the peak that training reaches; by default ``UTILISATION`` for the
+            Transformer, and for another kind not known: its plan has no hours.
         sustained_flops: of one device, instead of peak and utilisation.
         price: of a device-hour.
 
     Raises:
         UserError: more devices than lanes, a number out of range, or one that is not known.
     """
-    data, trainer = config.data, config.trainer
+    data = config.data
     _check(config, hardware, utilisation, sustained_flops, price)
-    share = 1.0 if sustained_flops is not None else utilisation or UTILISATION
+    share = utilisation or (UTILISATION if config.model.kind == "transformer" else None)
     if sustained_flops is not None:
-        rate = Rate(sustained_flops, trainer.precision, "given on the command line")
+        share = 1.0
+        rate = Rate(sustained_flops, config.trainer.precision, "given on the command line")
     else:
-        rate = rate_of(hardware.device, trainer.precision)
+        rate = rate_of(hardware.device, config.trainer.precision)
+    # A device without the configured precision trains in the one that it has, if at all.
+    trainer = config.trainer.model_copy(update={"precision": rate.precision})
     parameters = num_parameters(config.model, corpus.vocab_size)
     plan = corpus.plan(data, trainer.seed)
     steps_per_epoch = plan.steps_per_epoch * corpus.scale
     pairs_per_step = corpus.num_pairs / steps_per_epoch
-    mean = corpus.mean_work()
+    mean = corpus.mean_work
     work = Work(*(pairs_per_step * value for value in asdict(mean).values()))
     flops_per_step = training_flops(config.model, work, vocab_size=corpus.vocab_size)
     step = _step_seconds(config, hardware, parameters, flops_per_step, rate, share)
-    num_steps = float("inf") if trainer.max_steps is None else float(trainer.max_steps)
-    if trainer.max_minutes is not None:
-        num_steps = min(num_steps, trainer.max_minutes * 60 / step["step"])
-    hours = num_steps * step["step"] / 3600
+    num_steps = _num_steps(config, step["step"])
+    hours = None if step["step"] is None else num_steps * step["step"] / 3600
+    device_hours = None if hours is None else hours * hardware.num_devices
     saved = checkpoint_bytes(trainer, parameters)
     efficiency = plan.padding_efficiency()
     return Dry(
@@ -155,8 +166,8 @@ def reckon(
             **step,
             num_steps=num_steps,
             hours=hours,
-            device_hours=hours * hardware.num_devices,
-            price=None if price is None else price * hours * hardware.num_devices,
+            device_hours=device_hours,
+            price=None if price is None or device_hours is None else price * device_hours,
         ),
         memory=tuple(
             memory(
@@ -207,26 +218,31 @@ def _step_seconds(
     parameters: int,
     flops: float,
     rate: Rate,
-    utilisation: float,
+    utilisation: float | None,
 ) -> dict[str, Any]:
     device, num = hardware.device, hardware.num_devices
     trainer, model = config.trainer, config.model
     # Ranks wait for the one with most lanes.
     most_lanes = ceil(config.data.lanes / num)
-    compute = flops * most_lanes / config.data.lanes / (rate.flops * utilisation)
-    launch = most_lanes * _LAUNCH_S_PER_LAYER * (model.encoder_layers + model.decoder_layers)
+    compute = launch = None
+    if utilisation is not None:
+        compute = flops * most_lanes / config.data.lanes / (rate.flops * utilisation)
+    if model.kind == "transformer":
+        launch = most_lanes * _LAUNCH_S_PER_LAYER * (model.encoder_layers + model.decoder_layers)
     own = parameters / (num if trainer.zero_stage else 1)
     optimizer = own * _ADAM_BYTES / (device.memory_gb_s * 1e9) if device.memory_gb_s else 0.0
     reduction: float | None = None
     if num == 1:
         reduction = 0.0
     elif device.bus_gb_s and num <= _DEVICES_PER_MACHINE:
-        item = 4 if trainer.precision == "fp32" else 2
+        item = 4 if rate.precision == "fp32" else 2
         # docs/scaling.md, "What is sent": all-reduces, and gathering from stage 1 on.
         times = {0: 2, 1: 3, 2: 2 * most_lanes + 1, 3: 3 * most_lanes}[trainer.zero_stage]
         sent = times * (num - 1) / num * parameters * item
         reduction = sent / (device.bus_gb_s * 1e9)
-    step = max(compute, launch) + optimizer + (reduction or 0.0)
+    step = None
+    if compute is not None:
+        step = max(compute, launch or 0.0) + optimizer + (reduction or 0.0)
     return {
         "compute": compute,
         "launch": launch,
@@ -234,6 +250,20 @@ def _step_seconds(
         "reduction": reduction,
         "step": step,
     }
+
+
+def _num_steps(config: RunConfig, step_s: float | None) -> float:
+    """Of the run: as many as configured, or as fit into its time."""
+    trainer = config.trainer
+    if step_s is None and trainer.max_steps is None:
+        raise UserError(
+            f"how many steps a run of kind {config.model.kind} makes in trainer.max_minutes is not "
+            "known: set trainer.max_steps, or give --utilisation SHARE or --sustained TFLOPS"
+        )
+    num_steps = float("inf") if trainer.max_steps is None else float(trainer.max_steps)
+    if trainer.max_minutes is not None and step_s is not None:
+        num_steps = min(num_steps, trainer.max_minutes * 60 / step_s)
+    return num_steps
 
 
 def _download_bytes(corpus: str) -> int | None:
@@ -262,8 +292,8 @@ def _notes(
     wanted = config.trainer.precision
     if rate.precision != wanted:
         notes.append(
-            f"a {hardware.device.name} is reckoned at its {rate.precision} rate: it has no "
-            f"{wanted}. To train on it, set trainer.precision={rate.precision}"
+            f"a {hardware.device.name} is reckoned in {rate.precision}: it has no {wanted}. To "
+            f"train on it, set trainer.precision={rate.precision}"
         )
     if step["reduction"] is None:
         where = (
@@ -272,7 +302,7 @@ def _notes(
             else f"between {hardware.device.name}s"
         )
         notes.append(f"the time of reductions {where} is not in it (docs/scaling.md)")
-    if step["launch"] > step["compute"]:
+    if None not in (step["launch"], step["compute"]) and step["launch"] > step["compute"]:
         notes.append(
             "the CPU's starting of kernels, not the arithmetic, holds a step up: fewer devices, "
             "or larger batches, use them better"
@@ -287,6 +317,27 @@ def _notes(
             "the corpus is not prepared: lengths are drawn after its means, so batches and steps "
             "an epoch are about right, no more"
         )
-    if config.model.kind != "transformer":
-        notes.append(f"what autograd keeps is not reckoned for kind {config.model.kind}")
-    return notes
+    return notes + _notes_of_kind(config, step)
+
+
+def _notes_of_kind(config: RunConfig, step: dict[str, Any]) -> list[str]:
+    """What is known of the Transformer alone."""
+    kind = config.model.kind
+    if kind == "transformer":
+        return []
+    notes = [f"what autograd keeps is not reckoned for kind {kind}"]
+    if step["step"] is None:
+        notes.append(
+            f"no hours: what share of the peak a model of kind {kind} reaches is not known (0.345 "
+            "is the Transformer's). Give --utilisation SHARE or --sustained TFLOPS"
+        )
+        if config.trainer.max_minutes is not None:
+            notes.append("whether trainer.max_minutes ends the run before its steps is not known")
+        return notes
+    missing = "the CPU's starting of kernels is not in the time of a step"
+    if kind in _SEQUENTIAL:
+        missing += (
+            ", nor is the wait of each position for the one before it, whatever the operations: "
+            "the hours are a floor"
+        )
+    return [*notes, missing]

@@ -11,6 +11,8 @@ from trainer.paper.memory import Memory
 from trainer.paper.plan import Dry
 
 _WIDTH, _INDENT = 100, 13
+# Of a device's memory; CUDA, its libraries and the allocator's gaps take the rest.
+_USABLE = 0.9
 
 
 def numbers(dry: Dry) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _row(name: str, text: str) -> str:
 
 
 def _corpus(dry: Dry) -> list[str]:
-    data, mean = dry.config.data, dry.corpus.mean_work()
+    data, mean = dry.config.data, dry.corpus.mean_work
     return [
         _row(
             "corpus",
@@ -90,7 +92,6 @@ def _corpus(dry: Dry) -> list[str]:
 
 def _batches(dry: Dry) -> list[str]:
     data, b = dry.config.data, dry.batches
-    epochs = "–" if b.epochs is None else f"{b.epochs:.1f}"
     return [
         _row(
             "a step",
@@ -104,8 +105,8 @@ def _batches(dry: Dry) -> list[str]:
         ),
         _row(
             "the run",
-            f"{dry.times.num_steps:,.0f} steps of {b.steps_per_epoch:,.0f} an epoch: {epochs} "
-            "epochs",
+            f"{dry.times.num_steps:,.0f} steps of {b.steps_per_epoch:,.0f} an epoch: "
+            f"{b.epochs:.1f} epochs",
         ),
     ]
 
@@ -130,19 +131,40 @@ def _memory(dry: Dry) -> list[str]:
         _row(
             "memory",
             f"of one {dry.hardware.device.name} with {dry.hardware.device.memory_gb:g} GB, in "
-            f"{dry.config.trainer.precision}",
+            f"{dry.rate.precision}",
         ),
         _row("  ZeRO", "".join(f"{name:>13}" for name in head)),
     ]
     for row in dry.memory:
         mark = " *" if row.stage == stage else ""
         rows.append(_row(f"  {row.stage}{mark}", "".join(f"{t:>13}" for t in _cells(row))))
-    chosen = dry.memory[stage]
-    if chosen.total is not None:
-        room = dry.hardware.device.memory_gb * 1e9
-        verdict = "fits" if chosen.total <= 0.9 * room else "does not fit: raise data.lanes"
+    verdict = _verdict(dry)
+    if verdict is not None:
         rows.append(_row("", f"* trainer.zero_stage={stage}: {verdict}"))
     return rows
+
+
+def _verdict(dry: Dry) -> str | None:
+    """Whether the run fits, and what to do where it does not; None: not known."""
+    room = _USABLE * dry.hardware.device.memory_gb * 1e9
+    fitting, roomy = [], []
+    for row in dry.memory:
+        if row.total is None or row.activations is None:
+            return None
+        if row.total <= room:
+            fitting.append(row.stage)
+        # More lanes make activations smaller, and nothing else.
+        if row.total - row.activations < room:
+            roomy.append(row.stage)
+    chosen = dry.config.trainer.zero_stage
+    if chosen in fitting:
+        return "fits"
+    if fitting:
+        return f"does not fit; trainer.zero_stage={fitting[0]} does"
+    if not roomy:
+        return "does not fit, nor does any stage: take more devices, or such with more memory"
+    stage = "" if chosen in roomy else f"set trainer.zero_stage={roomy[0]} and "
+    return f"does not fit, nor does any stage for its activations: {stage}raise data.lanes"
 
 
 def _cells(row: Memory) -> list[str]:
@@ -154,28 +176,39 @@ def _cells(row: Memory) -> list[str]:
 
 def _times(dry: Dry) -> list[str]:
     t = dry.times
-    parts = [f"compute {_ms(t.compute)}", f"CPU at least {_ms(t.launch)}"]
-    parts.append(f"optimizer {_ms(t.optimizer)}")
-    if t.reduction is not None:
-        parts.append(f"reductions {_ms(t.reduction)}")
-    used = (
-        f"{format_power(dry.rate.flops)} a second each, {dry.rate.source}"
-        if dry.rate.source.startswith("given")
-        else f"{100 * dry.utilisation:g} % of {format_power(dry.rate.flops)} a second each "
-        f"({dry.rate.precision}; {dry.rate.source})"
-    )
-    cost = ""
-    if t.price is not None:
-        cost = f", {t.price:,.2f} {dry.currency}"
-    return [
-        _row("hardware", f"{dry.hardware}: {used}"),
-        _row("a step", f"{_ms(t.step)}: {', '.join(parts)}"),
-        _row(
-            "the run",
-            f"{format_duration(t.hours * 3600)} of training, {format_number(t.device_hours)} "
-            f"device-hours{cost}",
-        ),
+    parts = [
+        f"{name} {_ms(seconds)}"
+        for name, seconds in (
+            ("compute", t.compute),
+            ("CPU at least", t.launch),
+            ("optimizer", t.optimizer),
+            ("reductions", t.reduction),
+        )
+        if seconds is not None
     ]
+    whole = "not known" if t.step is None else _ms(t.step)
+    rows = [
+        _row("hardware", f"{dry.hardware}: {_rate(dry)}"),
+        _row("a step", f"{whole}: {', '.join(parts)}"),
+    ]
+    if t.hours is not None:
+        cost = "" if t.price is None else f", {t.price:,.2f} {dry.currency}"
+        rows.append(
+            _row(
+                "the run",
+                f"{format_duration(t.hours * 3600)} of training, "
+                f"{format_number(t.device_hours)} device-hours{cost}",
+            )
+        )
+    return rows
+
+
+def _rate(dry: Dry) -> str:
+    flops = f"{format_power(dry.rate.flops)} a second each"
+    if dry.rate.source.startswith("given"):
+        return f"{flops}, {dry.rate.source}"
+    share = "a share of" if dry.utilisation is None else f"{100 * dry.utilisation:g} % of"
+    return f"{share} {flops} ({dry.rate.precision}; {dry.rate.source})"
 
 
 def _ms(seconds: float) -> str:
@@ -184,12 +217,13 @@ def _ms(seconds: float) -> str:
 
 def _disk(dry: Dry) -> list[str]:
     trainer = dry.config.trainer
-    minutes = trainer.checkpoint_every * dry.times.step / 60
+    step = dry.times.step
+    often = "" if step is None else f" ({trainer.checkpoint_every * step / 60:.1f} minutes here)"
     rows = [
         _row(
             "checkpoints",
-            f"{format_bytes(dry.checkpoint_bytes)} each, every {trainer.checkpoint_every:,} steps "
-            f"({minutes:.1f} minutes here); {trainer.keep_checkpoints} kept and the best: "
+            f"{format_bytes(dry.checkpoint_bytes)} each, every {trainer.checkpoint_every:,} "
+            f"steps{often}; {trainer.keep_checkpoints} kept and the best: "
             f"{format_bytes(dry.checkpoints_bytes)} of disk at most",
         )
     ]
