@@ -29,6 +29,7 @@ _GEHRING = (
 )
 _SHORT = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "convolutional": "convolutional"}
 _SCORES = {
+    "scaled_dot": "scaled dot-product attention (Vaswani et al., 2017)",
     "dot": "unscaled dot-product attention",
     "general": "general attention (Luong et al., 2015)",
     "additive": "additive attention (Bahdanau et al., 2015)",
@@ -48,7 +49,7 @@ def line(model: ModelConfig) -> str:
         parts += [f"d_v {model.d_v}"] if model.d_v is not None else []
     elif model.kind == "convolutional":
         parts.append(f"kernel {model.kernel_size}")
-    if model.attention != "scaled_dot":
+    if _is_telling(model):
         parts.append(f"{model.attention} attention")
     if model.local_radius is not None:
         parts.append(f"self-attention within {model.local_radius}")
@@ -70,7 +71,7 @@ def sentence(model: ModelConfig) -> str:
         parts.append(f"layer normalisation {place} each sub-layer")
     elif model.kind == "convolutional":
         parts.append(f"convolutions over {model.kernel_size} positions")
-    if model.attention in _SCORES:
+    if _is_telling(model):
         parts.append(_SCORES[model.attention])
     if model.local_radius is not None:
         parts.append(f"self-attention within {model.local_radius} positions")
@@ -87,8 +88,15 @@ def sentence(model: ModelConfig) -> str:
 def references(model: ModelConfig) -> list[str]:
     """What ``sentence`` cites."""
     first = {"transformer": _TRANSFORMER, "convolutional": _GEHRING}.get(model.kind, _BAHDANAU)
-    second = {"general": _LUONG, "additive": _BAHDANAU}.get(model.attention, first)
+    second = {"scaled_dot": _TRANSFORMER, "general": _LUONG, "additive": _BAHDANAU}.get(
+        model.attention, first
+    )
     return list(dict.fromkeys([first, second]))
+
+
+def _is_telling(model: ModelConfig) -> bool:
+    """Whether the score has to be named: of the Transformer the scaled dot product goes unsaid."""
+    return model.kind != "transformer" or model.attention != "scaled_dot"
 
 
 def _dropouts(model: ModelConfig) -> list[str]:

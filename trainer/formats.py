@@ -25,8 +25,14 @@ def format_number(value: float | None) -> str:
 def format_power(value: float) -> str:
     """Three digits and a power of ten, as papers write operations: 3.3·10¹⁸."""
     mantissa, exponent = f"{value:.2e}".split("e")
-    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{float(mantissa):g}·10{power}" if abs(int(exponent)) > 3 else f"{value:g}"
+    if abs(int(exponent)) <= 3:
+        return f"{value:g}"
+    return f"{float(mantissa):g}·{power_of_ten(int(exponent))}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """As it is typeset: 10¹⁸."""
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def format_score(value: float | None) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.exhibits_cost import format_flops
-from trainer.formats import format_duration, format_number, format_score, format_share
+from trainer.formats import (
+    format_duration,
+    format_number,
+    format_score,
+    format_share,
+    power_of_ten,
+)
 from trainer.paper.pages import markdown_table
 
 
@@ -29,10 +35,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
         [
             (
                 row["model"],
-                _bleu(row["bleu_en_de"]),
-                _bleu(row["bleu_en_fr"]),
-                format_flops(row["flops_en_de"]),
-                format_flops(row["flops_en_fr"]),
+                row["bleu_en_de"] or "–",
+                row["bleu_en_fr"] or "–",
+                _printed(row["flops_en_de"]),
+                _printed(row["flops_en_fr"]),
             )
             for row in rows
         ],
@@ -91,5 +97,9 @@ def _runs(rows: list[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def _bleu(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
+def _printed(flops: str | None) -> str:
+    """``1.0e20`` as the paper has it, with all its digits."""
+    if flops is None:
+        return "–"
+    mantissa, _, exponent = flops.partition("e")
+    return f"{mantissa}·{power_of_ten(int(exponent))}"

@@ -33,7 +33,7 @@ from model.presets import Kind
                 "decoder_layers": 4,
                 "kernel_size": 5,
             },
-            "convolutional, 4+4 layers, width 128, kernel 5",
+            "convolutional, 4+4 layers, width 128, kernel 5, scaled_dot attention",
         ),
     ],
 )
@@ -74,6 +74,14 @@ def test_a_sentence_says_all_that_differs_from_the_paper() -> None:
     ):
         assert part in other
         assert part not in plain
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_only_the_transformers_scaled_dot_product_goes_without_saying(kind: Kind) -> None:
+    said = description.sentence(ModelConfig(kind=kind))
+    assert ("scaled dot-product attention (Vaswani et al., 2017)" in said) == (
+        kind != "transformer"
+    )
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

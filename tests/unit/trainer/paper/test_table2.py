@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from trainer.paper.hardware import make_hardware
 from trainer.paper.lengths import corpus_size
 from trainer.paper.plan import reckon
 from trainer.paper.table2 import PAPER, RECIPES, count
+from trainer.paper.table2_page import parts
 
 ROOT = Path(__file__).resolve().parents[4]
 PAGE = "".join(f"<!-- {part}: begin -->\n<!-- {part}: end -->\n" for part in
@@ -38,12 +40,23 @@ def test_the_count_is_that_of_the_configuration() -> None:
 def test_the_papers_rows() -> None:
     rows = {row.model: row for row in PAPER}
     assert len(rows) == 10
-    assert rows["Transformer (big)"].bleu_en_de == 28.4
-    assert rows["Transformer (big)"].flops_en_de == RECIPES[1].paper_flops
+    assert rows["Transformer (big)"].bleu_en_de == "28.4"
+    for name, recipe in (
+        ("Transformer (base model)", RECIPES[0]),
+        ("Transformer (big)", RECIPES[1]),
+    ):
+        assert float(rows[name].flops_en_de or 0) == recipe.paper_flops
+        assert float(rows[name].flops_en_fr or 0) == recipe.paper_flops
     # 5.1 of the paper's claims: better than every ensemble at a fraction of the cost.
     others = [row for row in PAPER if not row.model.startswith("Transformer")]
-    assert max(row.bleu_en_de or 0 for row in others) < 28.4
-    assert min(row.flops_en_de or 1e99 for row in others) > 3.3e18
+    assert max(float(row.bleu_en_de or 0) for row in others) < 28.4
+    assert min(float(row.flops_en_de or 1e99) for row in others) > 3.3e18
+
+
+def test_the_papers_digits_are_kept() -> None:
+    written = parts({"paper": [asdict(row) for row in PAPER], "counted": [], "runs": []})["table"]
+    assert "| Deep-Att + PosUnk | – | 39.2 | – | 1.0·10²⁰ |" in written
+    assert "| GNMT + RL Ensemble | 26.30 | 41.16 | 1.8·10²⁰ | 1.1·10²¹ |" in written
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +108,7 @@ def test_the_page_in_docs_is_of_the_stored_numbers(tmp_path: Path) -> None:
     assert CliRunner().invoke(table2, ["--input", str(stored), "--page", str(page)]).exit_code == 0
     assert page.read_text() == committed.read_text()
     found = json.loads(stored.read_text())
+    assert found["paper"] == [asdict(row) for row in PAPER]
     for recipe, row in zip(RECIPES, found["counted"], strict=True):
         assert row["flops"] == pytest.approx(count(recipe).flops)
 
