@@ -9,8 +9,28 @@ from data_shards.errors import UserError
 from trainer.attention import Kind
 from trainer.grammar_heads import Finding
 from trainer.heads import NAMED_SHARE, PLACES, Profile, most
+from trainer.needed_heads import Cost, Costs
 from trainer.paper.pages import markdown_table, write_parts
-from trainer.silenced_heads import HeadName, Needed, Right
+from trainer.silenced_heads import HeadName
+
+
+def parts_of(page: Path, run: str, parts: Sequence[str]) -> list[str]:
+    """Those parts ("places", "grammar", "silenced") of a run that a page has.
+
+    Raises:
+        UserError: the page cannot be read, or has none of them.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the page cannot be read: {page}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the page cannot be read: {page}: not UTF-8 text") from None
+    present = [part for part in parts if f"<!-- {run} {part}: begin -->" in text]
+    if not present:
+        names = ", ".join(f"<!-- {run} {part}: begin -->" for part in parts)
+        raise UserError(f"{page} has none of the parts of this run: put in {names} and their ends")
+    return present
 
 
 def write_page(
@@ -18,28 +38,21 @@ def write_page(
     run: str,
     profiles: Mapping[Kind, Profile],
     grammar: Sequence[Finding],
-    needed: Needed | None,
+    needed: Sequence[Costs],
 ) -> None:
     """Replace those parts "RUN places", "RUN grammar" and "RUN silenced" that the page has.
 
     Raises:
         UserError: the page cannot be read or written, has none of them, or has one of which
-            nothing was measured.
+            only the beginning is there.
     """
-    parts = {f"{run} places": places_table(profiles)}
+    parts = {"places": places_table(profiles)}
     if grammar:
-        parts[f"{run} grammar"] = grammar_table(grammar)
-    if needed is not None:
-        parts[f"{run} silenced"] = silenced_table(needed)
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the page cannot be read: {page}: {error.strerror}") from None
-    present = {name: part for name, part in parts.items() if f"<!-- {name}: begin -->" in text}
-    if not present:
-        names = ", ".join(f"<!-- {name}: begin -->" for name in parts)
-        raise UserError(f"{page} has none of the parts of this run: put in {names} and their ends")
-    write_parts(page, present)
+        parts["grammar"] = grammar_table(grammar)
+    if needed:
+        parts["silenced"] = silenced_table(needed)
+    present = parts_of(page, run, list(parts))
+    write_parts(page, {f"{run} {part}": parts[part] for part in present})
 
 
 def places_table(profiles: Mapping[Kind, Profile]) -> str:
@@ -48,7 +61,12 @@ def places_table(profiles: Mapping[Kind, Profile]) -> str:
     for kind, profile in profiles.items():
         edge = "at the begin sign" if kind == "decoder" else "at the end sign"
         at = [*((PLACES[kind][key], share) for key, share in sorted(profile.at.items()))]
-        for words, share_LH in (*at, (edge, profile.edge), ("at punctuation", profile.marks)):
+        elsewhere = [
+            (edge, profile.edge),
+            ("at punctuation", profile.marks),
+            ("at its strongest piece, wherever that stands", profile.sharpest),
+        ]
+        for words, share_LH in (*at, *elsewhere):
             layer, head, share = most(share_LH)
             rows.append(
                 (
@@ -83,29 +101,36 @@ def grammar_table(grammar: Sequence[Finding]) -> str:
     return markdown_table(header, rows, text=2)
 
 
-def silenced_table(needed: Needed) -> str:
-    """For each group of words the two heads without which most are lost."""
+def silenced_table(needed: Sequence[Costs]) -> str:
+    """For each group of words the heads it needs most; a group's name stands in its first row."""
     rows = []
-    for group, whole in needed.whole.items():
-        without = sorted(
-            ((right[group].right, str(name), name) for name, right in needed.silenced.items()),
-        )[:2]
-        rows.append(
-            (
-                group,
-                f"{whole.cases:,}",
-                _right(whole),
-                *(
-                    f"{_code(name)}: {_right(needed.silenced[name][group])}"
-                    if right < whole.right
-                    else "-"
-                    for right, _, name in without
-                ),
+    for group in needed:
+        begins = (group.group, f"{group.cases:,}", _tenths(group.right))
+        if not group.heads:
+            rows.append((*begins, "none", "-", "-", "-", "-"))
+        for number, cost in enumerate(group.heads):
+            rows.append(
+                (
+                    *(begins if number == 0 else ("", "", "")),
+                    _code(cost.head),
+                    _tenths(cost.right),
+                    f"{cost.lost:,}",
+                    f"{cost.won:,}",
+                    loss_interval(cost),
+                )
             )
-        )
-    return markdown_table(
-        ("words", "cases", "all heads", "without the most needed", "and without the next"), rows
-    )
+    header = (
+        "words", "cases", "all heads", "silenced", "without it", "lost", "won", "loss in 100, 95 %"
+    )  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def loss_interval(cost: Cost) -> str:
+    """How many words in a hundred are lost, less those won: 95 % of it."""
+    if cost.interval is None:
+        return "-"
+    low, high = (f"{100 * share:.1f}".replace("-0.0", "0.0") for share in cost.interval)
+    return f"{low} to {high}"
 
 
 def beside(one: Finding) -> str:
@@ -120,8 +145,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _right(right: Right) -> str:
-    return f"{100 * right.right:.1f} %"
+def _tenths(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _code(name: HeadName) -> str:

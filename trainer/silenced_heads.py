@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from trainer.grammar_heads import encoded, has_grammar, places
 from trainer.run import LoadedModel
 
 EVERY_WORD = "every piece"
+OTHER = "every other piece"
 NUMBER = "number of the verb"
 # Target pieces in one pass, padding included.
 _PIECES_AT_ONCE = 2**13
@@ -54,19 +56,26 @@ class Right:
         right: share of them of which every piece is the most probable; of ``NUMBER`` of which the
             right form is more probable than that of the other number (macht, machen).
         nats: mean negative log-likelihood of a piece.
+        each: of each word whether it is right, in the order of the group's.
     """
 
     cases: int
     right: float
     nats: float
+    each: tuple[bool, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class Needed:
-    """By group of words: with all heads, and with each head silenced in turn."""
+    """By group of words: with all heads, and with each head silenced in turn.
+
+    Attributes:
+        sentences: by group, the number of each word's sentence.
+    """
 
     whole: dict[str, Right]
     silenced: dict[HeadName, dict[str, Right]]
+    sentences: dict[str, list[int]]
 
 
 Pair = tuple[list[int], list[int]]
@@ -131,18 +140,23 @@ def needed_for(loaded: LoadedModel, words: Words) -> Needed:
     for name in heads_of(loaded.model):
         with silenced(loaded.model, name):
             found[name] = _scored(loaded, words, groups)
-    return Needed(whole, found)
+    of = {group: [index for index, _ in chosen] for group, chosen in groups.items()}
+    if words.contrasts:
+        of[NUMBER] = [index for (index, _), _ in words.contrasts]
+    return Needed(whole, found, of)
 
 
-def words_to_write(loaded: LoadedModel, num_sentences: int) -> Words:
-    """Pairs of the test set, with groups of words where the grammar is known."""
+def words_to_write(
+    loaded: LoadedModel, num_sentences: int, split: Literal["valid", "test"] = "test"
+) -> Words:
+    """Pairs of a held-out set, with groups of words where the grammar is known.
+
+    Where there is no test set, "valid" and "test" are each every second pair of the validation set.
+    """
     if not has_grammar(loaded):
         longest = loaded.config.model.max_positions - 1
         source, target = (
-            loaded.vocabulary.encode(lines[:num_sentences])
-            for lines in loaded.manifest.split_text(
-                "test" if "test" in loaded.manifest.data.splits else "valid"
-            )
+            loaded.vocabulary.encode(lines[:num_sentences]) for lines in _held_out(loaded, split)
         )
         pairs = [
             ([*ids[:longest], EOS_ID], other[:longest])
@@ -150,7 +164,7 @@ def words_to_write(loaded: LoadedModel, num_sentences: int) -> Words:
             if ids and other
         ]
         return Words(pairs, {}, [], [])
-    chosen = list(sentences("test", num_sentences))
+    chosen = list(sentences(split, num_sentences))
     words = Words(encoded(loaded, chosen), {}, [], [])
     for index, one in enumerate(chosen):
         pieces = loaded.vocabulary.pieces(words.pairs[index][1])
@@ -161,8 +175,24 @@ def words_to_write(loaded: LoadedModel, num_sentences: int) -> Words:
         }
         for group, at in sorted(written):
             words.groups.setdefault(group, []).append((index, list(at)))
+        named = {place for _, at in written for place in at}
+        others = [at for at in range(len(pieces) + 1) if at not in named]
+        words.groups.setdefault(OTHER, []).extend((index, [at]) for at in others)
         _contrast(loaded, words, index, one)
     return words
+
+
+def has_test_set(loaded: LoadedModel) -> bool:
+    """Whether the run's corpus has a test set."""
+    return "test" in loaded.manifest.data.splits
+
+
+def _held_out(loaded: LoadedModel, split: Literal["valid", "test"]) -> tuple[list[str], list[str]]:
+    if has_test_set(loaded):
+        return loaded.manifest.split_text(split)
+    source, target = loaded.manifest.split_text("valid")
+    first = 0 if split == "valid" else 1
+    return source[first::2], target[first::2]
 
 
 def _contrast(loaded: LoadedModel, words: Words, index: int, one: Sentence) -> None:
@@ -202,7 +232,7 @@ def _scored(loaded: LoadedModel, words: Words, groups: dict[str, list[Word]]) ->
 def _right(words: Sequence[Word], nats: list[list[float]], is_right: Sequence[bool]) -> Right:
     num_pieces = sum(len(pieces) for _, pieces in words)
     total = sum(_sum(nats, word) for word in words)
-    return Right(len(words), sum(is_right) / len(words), total / num_pieces)
+    return Right(len(words), sum(is_right) / len(words), total / num_pieces, tuple(is_right))
 
 
 def _sum(nats: list[list[float]], word: Word) -> float:

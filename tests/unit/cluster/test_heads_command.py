@@ -42,12 +42,28 @@ def test_what_is_lost_as_numbers_and_as_a_picture(trained: Path, tmp_path: Path)
     assert (found["step"], found["sentences"], found["grammar"]) == (20, 5, [])
     assert [one["head"] for one in found["heads"]][-1] == "decoder 2.4"
     assert len(found["silenced"]) == 20
-    assert 0 < found["all_heads"]["every piece"]["nats"] < 10
+    whole = found["all_heads"]["every piece"]
+    assert 0 < whole["nats"] < 10
+    assert found["run"] == "demo"
+    # Chosen on the validation set: the two heads whose silencing loses most of its pieces.
+    validation = {
+        head: groups["every piece"]["right"]
+        for head, groups in found["validation"]["silenced"].items()
+    }
+    [group] = found["most_needed"]
+    assert (group["group"], group["cases"]) == ("every piece", whole["cases"])
+    assert [validation[one["head"]] for one in group["heads"]] == sorted(validation.values())[:2]
+    for one in group["heads"]:
+        measured = found["silenced"][one["head"]]["every piece"]
+        assert one["right"] == measured["right"]
+        changed = round((whole["right"] - measured["right"]) * whole["cases"])
+        assert one["lost"] - one["won"] == changed
     picture = file.read_text(encoding="utf-8")
     assert ">decoder 2.4</text>" in picture
     assert "share of the words lost" in picture
     text = heads(trained, "--silence").stdout
-    assert sum(line.startswith("encoder 1.") for line in text.splitlines()) == 2 * 4
+    assert sum(line.startswith("encoder 1.") for line in text.splitlines()) >= 2 * 4
+    assert f"every piece ({whole['cases']})" in text
 
 
 def test_relations_are_set_beside_chance() -> None:
@@ -73,6 +89,7 @@ def test_columns_stand_under_each_other() -> None:
         (["--output", "a.gif"], "ends in .png, .svg, .pdf"),
         (["--checkpoint", "7"], "no checkpoint of step 7"),
         (["--sentences", "0"], "0 is not in the range"),
+        (["--page", "none.md"], "cannot be read: none.md"),
     ],
 )
 def test_wrong_input_is_told(trained: Path, arguments: list[str], part: str) -> None:
@@ -88,6 +105,17 @@ def test_a_model_without_heads(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert result.exit_code == 2
     assert "demo: a model of kind transformer has no heads of which one can be" in result.stderr
     assert heads(trained).exit_code == 0
+
+
+def test_a_page_is_looked_at_before_anything_is_measured(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.silenced_heads.words_to_write", None)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- demo silenced: begin -->\n<!-- demo silenced: end -->\n")
+    result = heads(trained, "--page", str(page))
+    assert result.exit_code == 2
+    assert "put in <!-- demo places: begin --> and their ends" in result.stderr
 
 
 def test_a_pages_tables(trained: Path, tmp_path: Path) -> None:

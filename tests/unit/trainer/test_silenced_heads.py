@@ -17,8 +17,10 @@ from trainer.run import load_model
 from trainer.silenced_heads import (
     EVERY_WORD,
     NUMBER,
+    OTHER,
     HeadName,
     Words,
+    has_test_set,
     heads_of,
     needed_for,
     silenced,
@@ -89,6 +91,8 @@ def test_what_is_lost(loaded, encoded, monkeypatch):
     needed = needed_for(loaded, Words(encoded, groups, changed, [contrast, contrast]))
     assert needed.whole[NUMBER].cases == 2
     assert needed.whole[NUMBER].right == 1
+    assert (needed.whole[NUMBER].each, needed.sentences[NUMBER]) == ((True, True), [0, 0])
+    assert needed.sentences["first"] == list(range(20))
     swapped = Words([*changed], {}, [encoded[0]], [contrast])
     assert needed_for(loaded, swapped).whole[NUMBER].right == 0
     whole = needed.whole[EVERY_WORD]
@@ -102,6 +106,7 @@ def test_what_is_lost(loaded, encoded, monkeypatch):
     assert whole.nats == pytest.approx(nll / whole.cases, rel=1e-4)
     first = needed.whole["first"]
     assert (first.cases, 0 <= first.right <= 1) == (20, True)
+    assert sum(first.each) == pytest.approx(20 * first.right)
     assert set(needed.silenced) == set(heads_of(loaded.model))
     worst = max(groups[EVERY_WORD].nats for groups in needed.silenced.values())
     assert worst > whole.nats + 0.1
@@ -140,6 +145,8 @@ def test_the_words_of_a_test_set(loaded, monkeypatch):
     words = words_to_write(loaded, 7)
     assert (len(words.pairs), words.groups, words.contrasts) == (7, {}, [])
     assert all(source[-1] == EOS_ID for source, _ in words.pairs)
+    with_others = words_to_write(loaded, 7, "valid").pairs
+    assert not [pair for pair in with_others if pair in words.pairs]
     # Where the grammar is known, each word is named for what it is.
     monkeypatch.setattr(silenced_heads, "has_grammar", lambda _: True)
     monkeypatch.setattr(
@@ -151,6 +158,17 @@ def test_the_words_of_a_test_set(loaded, monkeypatch):
         [at] = pieces
         word = _WholeWords().pieces([words.pairs[index][1][at]])[0]
         assert word.lower()[1:].startswith(_ARTICLES), word
+    # Every piece that is not such a word's, the end among them, is one of the others.
+    named = {
+        (index, at)
+        for group, found in words.groups.items()
+        if group != OTHER
+        for index, pieces in found
+        for at in pieces
+    }
+    others = {(index, at) for index, [at] in words.groups[OTHER]}
+    assert not named & others
+    assert len(named | others) == sum(len(target) + 1 for _, target in words.pairs)
     # The verb's other form stands in its place, and nothing else is changed.
     assert len(words.contrasts) > 10
     for (index, pieces), (number, others) in words.contrasts:
@@ -159,3 +177,21 @@ def test_the_words_of_a_test_set(loaded, monkeypatch):
         assert target[: pieces[0]] == changed[: others[0]]
         assert target[pieces[-1] + 1 :] == changed[others[-1] + 1 :]
         assert [target[at] for at in pieces] != [changed[at] for at in others]
+
+
+def test_without_a_test_set_the_validation_set_is_shared(loaded):
+    data = loaded.manifest.data
+    data = data.model_copy(update={"splits": {"valid": data.splits["valid"]}})
+    alone = replace(loaded, manifest=replace(loaded.manifest, data=data))
+    assert not has_test_set(alone)
+    assert has_test_set(loaded)
+    chosen, measured = (words_to_write(alone, 1000, split).pairs for split in ("valid", "test"))
+    both = [pair for two in zip(chosen, measured, strict=False) for pair in two]
+    source, target = loaded.manifest.split_text("valid")
+    assert len(chosen) + len(measured) == len(source)
+    assert both[:4] == [
+        ([*ids, EOS_ID], other)
+        for ids, other in zip(
+            *(loaded.vocabulary.encode(lines[:4]) for lines in (source, target)), strict=True
+        )
+    ]
