@@ -67,25 +67,35 @@ def attention_bench(
         raise click.UsageError(
             "--input tells of numbers that are there: no RUN, no --quick, no --output"
         )
+    if quick and page is not None:
+        raise click.UsageError("--quick only tries it: its numbers are for no --page")
     from cluster.naming import find_run
     from trainer.paper import attention_bench as bench
-    from trainer.paper.attention_page import all_tables, write_page, write_plots
+    from trainer.paper import attention_page
+    from trainer.paper.results import check_place, write_result
     from trainer.paper.table1_tables import text
     from trainer.run import load_model
 
+    # Now, not after minutes of measuring.
+    if output is not None:
+        check_place(output)
+    if plots is not None:
+        check_place(plots / "plot.svg")
+    if page is not None:
+        attention_page.check(page)
     if given is not None:
         result = bench.read_result(given)
     else:
         loaded = None if run is None else load_model(find_run(run, runs), checkpoint)
         result = bench.measure(bench.QUICK if quick else bench.Sizes(), say, loaded)
         if output is not None:
-            bench.write_result(output, result)
+            write_result(output, result)
             say(f"written: {output}")
-    written = [] if plots is None else write_plots(result, plots)
-    written += [] if page is None else write_page(result, page)
+    written = [] if plots is None else attention_page.write_plots(result, plots)
+    written += [] if page is None else attention_page.write_page(result, page)
     for file in written:
         say(f"written: {file}")
     if as_json:
         print_json(result)
         return
-    click.echo("\n\n".join(text(table) for table in all_tables(result)))
+    click.echo("\n\n".join(text(table) for table in attention_page.all_tables(result)))

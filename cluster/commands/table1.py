@@ -38,7 +38,7 @@ def table1(
     """The paper's Table 1, reckoned and measured: operations, sequential steps, longest paths, time
     and memory of self-attention, recurrence and convolution.
 
-    Takes about three minutes of one core. See docs/paper/table1.md.
+    Takes two to three minutes of one core. See docs/paper/table1.md.
 
     \b
     Examples:
@@ -48,19 +48,27 @@ def table1(
     """
     if given is not None and (quick or output is not None):
         raise click.UsageError("--input tells of numbers that are there: no --quick, no --output")
+    if quick and page is not None:
+        raise click.UsageError("--quick only tries it: its numbers are for no --page")
     from trainer.paper import table1 as paper
-    from trainer.paper.table1_page import write_page
+    from trainer.paper import table1_page
+    from trainer.paper.results import check_place, write_result
     from trainer.paper.table1_tables import all_tables, text
 
+    # Now, not after minutes of measuring.
+    if output is not None:
+        check_place(output)
+    if page is not None:
+        table1_page.check(page)
     if given is not None:
         result = paper.read_result(given)
     else:
         result = paper.measure(paper.QUICK if quick else paper.Sizes(), say)
         if output is not None:
-            paper.write_result(output, result)
+            write_result(output, result)
             say(f"written: {output}")
     if page is not None:
-        for file in write_page(result, page):
+        for file in table1_page.write_page(result, page):
             say(f"written: {file}")
     if as_json:
         print_json(result)

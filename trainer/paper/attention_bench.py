@@ -6,23 +6,22 @@ Shapes: B batch, H heads, L length, K width of a head.
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_shards.errors import UserError
 from model.attention import How, ScoreName, make_score
 from trainer.machine import describe, versions
+from trainer.paper import results
 from trainer.paper.attention_scale import DTYPES, gaussian_rows, initial_rows, model_rows
-from trainer.paper.table1_times import one_thread, peak_bytes
+from trainer.paper.timing import Work, one_thread, peak_bytes, time_in_turns
 from trainer.run import LoadedModel
 
 FORMAT = "babelray attention-bench 1"
@@ -31,10 +30,7 @@ HEADS, RADIUS = 4, 16
 # Of the hidden layer of additive attention, beyond which it is left out: it takes seconds, and the
 # formula holds all of it.
 _MOST_ELEMENTS: dict[How, int] = {"reference": 1 << 23, "explicit": 1 << 25}
-# A sample is repeated until it takes this long.
-_SAMPLE_S = 0.004
-_LONG_S = 0.05
-_LONG_ROUNDS = 3  # of what takes longer than that
+MODES = ("forward", "training")
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Sizes:
     length: int = 128
     width: int = 64
     tokens: int = 256
-    rounds: int = 3
+    rounds: int = 5
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     scale_widths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
     scale_heads: tuple[int, ...] = (32, 16, 8, 4, 2, 1)
@@ -121,7 +117,7 @@ def measure(
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": {**describe(device), "versions": versions(), "load_before": load,
-                    "load_after": os.getloadavg()[0]},
+                    "load_after": os.getloadavg()[0], "memory_kept": True},
         "seconds": round(time.monotonic() - began, 1),
         "heads": HEADS,
         "radius": RADIUS,
@@ -183,6 +179,10 @@ class _Work:
     def training(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.attended(self.cell.way.how), self.leaves, self.grad)
 
+    def of(self, mode: str) -> Work:
+        """The pass of a mode."""
+        return self.forward if mode == "forward" else self.training
+
     def difference(self) -> float:
         """The largest, of the output, to the formula's."""
         with torch.no_grad():
@@ -193,112 +193,63 @@ class _Work:
 def _measured(
     cells: Sequence[Cell], sizes: Sizes, device: torch.device, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Every cell once a round, every other round backwards."""
-    samples: list[dict[str, list[float]]] = [{"forward": [], "training": []} for _ in cells]
     facts: list[dict[str, Any]] = []
     for cell in cells:
         work = _Work(cell, device)
-        passes = {"forward": work.forward, "training": work.training}
         facts.append(
-            {f"{mode}_bytes": _peak(run, device) for mode, run in passes.items()}
+            {f"{mode}_bytes": peak_bytes(work.of(mode), device) for mode in MODES}
             | {"difference": None if cell.way.how == "reference" else work.difference()}
         )
     say(f"memory of {len(cells)} cells is measured; {sizes.rounds} rounds of times")
-    for number in range(sizes.rounds):
-        order = range(len(cells))
-        for index in order if number % 2 == 0 else reversed(order):
-            done = samples[index]
-            long = max(done["training"], default=0.0) > _LONG_S
-            if long and number >= _LONG_ROUNDS:
-                continue
-            work = _Work(cells[index], device)
-            for mode, run in (("forward", work.forward), ("training", work.training)):
-                done[mode].append(_seconds(run, device, warm=not long))
-        say(f"round {number + 1} of {sizes.rounds}, load {os.getloadavg()[0]:.1f}")
-    return [
-        {
+    jobs = [partial(_make, cell, mode, device) for cell in cells for mode in MODES]
+    times = iter(time_in_turns(jobs, rounds=sizes.rounds, say=say, device=device))
+    rows = []
+    for cell, fact in zip(cells, facts, strict=True):
+        row: dict[str, Any] = {
             "way": cell.way.name,
             "dtype": cell.dtype,
             "length": cell.length,
             "width": cell.width,
             "batch": cell.batch,
-            **{f"{mode}_s": _rounded(statistics.median(done[mode])) for mode in done},
-            **{f"{mode}_range_s": [_rounded(f(done[mode])) for f in (min, max)] for mode in done},
-            **fact,
         }
-        for cell, done, fact in zip(cells, samples, facts, strict=True)
-    ]
+        for mode in MODES:
+            timed = next(times)
+            row[f"{mode}_s"] = _rounded(timed.median_s)
+            row[f"{mode}_range_s"] = [_rounded(timed.lowest_s), _rounded(timed.highest_s)]
+        rows.append(row | fact)
+    return rows
+
+
+def _make(cell: Cell, mode: str, device: torch.device) -> Work:
+    return _Work(cell, device).of(mode)
 
 
 def _rounded(seconds: float) -> float:
     return float(f"{seconds:.4g}")
 
 
-def _peak(run: Callable[[], object], device: torch.device) -> int:
-    if device.type != "cuda":
-        return peak_bytes(run)
-    run()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _seconds(run: Callable[[], object], device: torch.device, *, warm: bool) -> float:
-    if warm:
-        run()
-    total, repeats = 0.0, 0
-    while total < _SAMPLE_S:
-        began = _clock(device)
-        run()
-        total, repeats = total + _clock(device) - began, repeats + 1
-    return total / repeats
-
-
-def _clock(device: torch.device) -> float:
-    """CPU seconds of this thread, in which PyTorch computes; the clock's where a GPU does."""
-    if device.type != "cuda":
-        return time.thread_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def write_result(file: Path, result: dict[str, Any]) -> None:
-    """As JSON, a line a row.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    parts = []
-    for name, value in result.items():
-        if isinstance(value, list):
-            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
-            parts.append(f" {json.dumps(name)}: [\n{rows}\n ]")
-        else:
-            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    text = "{\n" + ",\n".join(parts) + "\n}\n"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"the results cannot be written: {file}: {error.strerror}: choose another place"
-        ) from None
-
-
 def read_result(file: Path) -> dict[str, Any]:
-    """What ``write_result`` wrote.
+    """What ``babelray attention-bench --output`` wrote.
 
     Raises:
         UserError: there is no such file, or it is not one of these.
     """
-    mend = "give a file that babelray attention-bench --output wrote, or measure without --input"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--input {file}: {error.strerror}: {mend}") from None
-    except ValueError:
-        raise UserError(f"--input {file}: this is not JSON: {mend}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise UserError(f"--input {file}: these are no results of attention-bench: {mend}")
-    return found
+    softmax = ("scaled", "variance", "entropy", "top", "saturated", "gradient", "median_gradient")
+    found = results.read_result(
+        file,
+        "attention-bench",
+        form=FORMAT,
+        objects={
+            "machine": ("cpu", "cores", "gpu", "versions", "load_before", "load_after"),
+            "sizes": ("length", "width", "tokens", "rounds"),
+        },
+        rows={
+            "speed": (
+                *("way", "dtype", "length", "width", "batch", "difference"),
+                *(f"{mode}_{value}" for mode in MODES for value in ("s", "range_s", "bytes")),
+            ),
+            "gaussian": ("d_k", "dtype", "largest", "error", "exp_overflow", "bound", *softmax),
+            "initial": ("heads", "d_k", *softmax),
+        },
+    )
+    return {"model": None, "trained": None, **found}

@@ -52,21 +52,26 @@ def _time(result: Mapping[str, Any]) -> Iterator[str]:
     """Of forward and backward."""
     ratios = _Ratios(result, "training_s")
     length = ratios.lengths(_ADDITIVE, _PIECES, _FUSED)[-1]
+    (batch,) = {row["batch"] for row in result["speed"] if row["length"] == length}
     yield (
-        f"Additive attention by its formula takes {ratios.of(_ADDITIVE, _FUSED, length)} times as "
-        f"long as the fused dot product at length {length}, in pieces "
+        f"Forward and backward in fp32, of {batch} sentence{'s' * (batch > 1)} of length {length} "
+        f"with d_k = {ratios.width}: additive attention by its formula takes "
+        f"{ratios.of(_ADDITIVE, _FUSED, length)} times as long as the fused dot product, in pieces "
         f"{ratios.of(_PIECES, _FUSED, length)} times: d_k hyperbolic tangents for each query and "
         'key cannot be a matrix product. So much is the paper\'s "much faster" here.'
     )
     for dtype in ("fp32", "bf16"):
         both = ratios.lengths(_HAND, _FUSED, dtype=dtype)
         cells = ", ".join(f"{n:,}: {ratios.of(_FUSED, _HAND, n, dtype)}" for n in both)
-        yield f"The fused kernel against steps by hand in {dtype}, times as long at {cells}."
+        yield (
+            f"The fused kernel against steps by hand, forward and backward in {dtype}, times as "
+            f"long at length {cells}."
+        )
     both = ratios.lengths(_MASKED, _BLOCKS)
     cells = ", ".join(f"{n:,}: {ratios.of(_MASKED, _BLOCKS, n)}" for n in both)
     yield (
-        f"A neighbourhood of {result['radius']} as a masked square against blocks in fp32, times "
-        f"as long at {cells}."
+        f"A neighbourhood of {result['radius']} as a masked square against blocks, forward and "
+        f"backward in fp32, times as long at length {cells}."
     )
 
 

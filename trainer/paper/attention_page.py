@@ -9,9 +9,10 @@ from typing import Any
 from trainer.paper.attention_bench import WAYS
 from trainer.paper.attention_findings import findings
 from trainer.paper.charts import Panel, Series, write_charts
-from trainer.paper.pages import write_parts
-from trainer.paper.table1_page import markdown
+from trainer.paper.pages import check_page, write_parts
+from trainer.paper.table1_page import ALLOCATOR, images, markdown
 from trainer.paper.table1_tables import Table
+from trainer.paper.timing import spread
 
 _MODES = {"forward": "forward", "training": "forward and backward"}
 # What is drawn: not what lies on another curve.
@@ -123,6 +124,36 @@ def _trained(result: Mapping[str, Any]) -> Table:
     return Table(title, head, rows)
 
 
+PARTS = (
+    "machine",
+    "agreement",
+    "length_fp32",
+    "length_bf16",
+    "width_fp32",
+    "width_bf16",
+    "found_time",
+    "memory_length",
+    "memory_width",
+    "found_memory",
+    "gaussian",
+    "found_scale",
+    "types",
+    "found_range",
+    "initial",
+    "trained",
+    "found_model",
+)
+
+
+def check(page: Path) -> None:
+    """That ``write_page`` will find what it needs: to be asked before minutes of measuring.
+
+    Raises:
+        UserError: it will not.
+    """
+    check_page(page, PARTS, images(page))
+
+
 def write_page(result: Mapping[str, Any], page: Path) -> list[Path]:
     """Write the tables into ``page``, and ``../images/paper/attention-*.svg`` beside it.
 
@@ -130,25 +161,31 @@ def write_page(result: Mapping[str, Any], page: Path) -> list[Path]:
         UserError: a file cannot be written, or the page lacks a part's marks.
     """
     write_parts(page, parts(result))
-    return [page, *write_plots(result, page.parent.parent / "images" / "paper")]
+    return [page, *write_plots(result, images(page))]
 
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
     """By name, Markdown."""
-    machine, speed = result["machine"], speed_tables(result)
+    machine, speed, speed_rows = result["machine"], speed_tables(result), result["speed"]
     texts = {**speed, "gaussian": _gaussian(result), "types": _types(result),
              "initial": _initial(result)}  # fmt: skip
     if result["trained"]:
         texts["trained"] = _trained(result)
-    device = machine["gpu"] or f"one thread of an {machine['cpu']} ({machine['cores']} cores)"
+    device = machine["gpu"] or (
+        f"one thread of an {machine['cpu']} ({machine['cores']} cores), shared"
+    )
+    clock = "" if machine["gpu"] else f"; {ALLOCATOR[machine.get('memory_kept', False)]}"
+    ranges = [row[f"{mode}_range_s"] for row in speed_rows for mode in _MODES]
     differences = [row["difference"] for row in result["speed"] if row["difference"] is not None
                    and row["dtype"] == "fp32"]  # fmt: skip
     return {
         **findings(result),
-        "machine": f"Measured on {result['date']} in {result['seconds']:.0f} s: {device}, shared: "
-        f"load {machine['load_before']:.1f} before and {machine['load_after']:.1f} after; CPU time "
-        f"of one thread, medians of {result['sizes']['rounds']} rounds in turns; PyTorch "
-        f"{machine['versions']['torch']}.",
+        "machine": f"Measured on {result['date']} in {result['seconds']:.0f} s: {device}, load "
+        f"{machine['load_before']:.1f} before and {machine['load_after']:.1f} after; "
+        f"{'the clock' if machine['gpu'] else 'CPU time of one thread'}, medians of "
+        f"{result['sizes']['rounds']} rounds in turns (three of what takes longer than 0.2 s)"
+        f"{clock}; PyTorch {machine['versions']['torch']}. Of {len(ranges)} times, "
+        f"{spread((lowest, highest) for lowest, highest in ranges)}.",
         "agreement": f"In fp32 the outputs of all {len(differences)} cells differ from the "
         f"formula's by {max(differences):.1e} at most.",
         **{name: markdown(table) for name, table in texts.items()},

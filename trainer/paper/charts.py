@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 FORMATS = (".svg", ".png", ".pdf")
 
 # Told apart by the colour-blind and in grey (Okabe and Ito 2008), and each with a mark of its own.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6D00")
-_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6D00",
+            "#7F7F7F")  # fmt: skip
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#888888",
@@ -53,7 +54,8 @@ class Series:
         name: in the legend; empty for none.
         low, high: of each point, an interval around y; empty for none.
         look: number of the colour and mark; by default the place in the panel.
-        style: measured points joined by a line, points only, or a line without points (theory).
+        style: measured points joined by a line, or by a broken one (a variant of what has the same
+            look), points only, or a line without points (theory).
     """
 
     name: str
@@ -62,7 +64,7 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     look: int | None = None
-    style: Literal["line", "points", "theory"] = "line"
+    style: Literal["line", "variant", "points", "theory"] = "line"
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,11 @@ def _draw(axes: Axes, panel: Panel) -> None:
             marker=mark,
             markersize=4.5,
             linewidth=1.5,
-            linestyle="-" if one.style == "line" else "none",
+            linestyle={"line": "-", "variant": "--"}.get(one.style, "none"),
             label=one.name,
         )
         if len(one.low):
-            if one.style == "line":
+            if one.style != "points":
                 axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.15, linewidth=0)
             else:
                 axes.vlines(one.x, one.low, one.high, color=colour, linewidth=1.2)

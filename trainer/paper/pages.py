@@ -6,22 +6,53 @@ own; what lies between is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_shards.errors import UserError
+from trainer.paper.results import check_place
+from trainer.storage import write_atomically
+
+
+def check_page(page: Path, names: Iterable[str], images: Path) -> None:
+    """That a page and its plots can be written, before minutes of measuring.
+
+    Args:
+        names: of the parts that it must have.
+        images: the plots' folder; it may be missing.
+
+    Raises:
+        UserError: they cannot.
+    """
+    _replaced(page, _text(page), dict.fromkeys(names, ""))
+    check_place(page)
+    check_place(images / "plot.svg")
 
 
 def write_parts(page: Path, parts: Mapping[str, str]) -> None:
     """Replace parts of a Markdown page.
 
     Raises:
-        UserError: the page is not there, cannot be written, or lacks a part's marks.
+        UserError: the page is not there, cannot be written, or lacks a part's marks; it then stays
+            as it was.
     """
+    text = _replaced(page, _text(page), parts)
     try:
-        text = page.read_text(encoding="utf-8")
+        write_atomically(page, text)
+    except OSError as error:
+        raise UserError(f"the page cannot be written: {page}: {error.strerror}") from None
+
+
+def _text(page: Path) -> str:
+    try:
+        return page.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"the page cannot be read: {page}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the page cannot be read: {page}: this is no text in UTF-8") from None
+
+
+def _replaced(page: Path, text: str, parts: Mapping[str, str]) -> str:
     for name, content in parts.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
@@ -32,10 +63,7 @@ def write_parts(page: Path, parts: Mapping[str, str]) -> None:
                 "is to stand"
             )
         text = f"{before}{begin}\n{content.strip()}\n\n{end}{after}"
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the page cannot be written: {page}: {error.strerror}") from None
+    return text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:

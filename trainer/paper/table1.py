@@ -6,23 +6,29 @@ Source: Vaswani et al. 2017, section 4 and table 1.
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from data_shards.errors import UserError
 from trainer.machine import describe, versions
+from trainer.paper import results
 from trainer.paper import table1_counts as counts
 from trainer.paper.table1_fit import crossing, fit_line, fit_power
-from trainer.paper.table1_layers import LAYERS, Layer, Recurrence, make_stack
-from trainer.paper.table1_times import MODES, Cell, measure_memory, measure_times, one_thread
+from trainer.paper.table1_layers import (
+    LAYERS,
+    Layer,
+    Recurrence,
+    SelfAttention,
+    make_stack,
+)
+from trainer.paper.table1_times import MODES, Cell, measure_memory, measure_times
+from trainer.paper.timing import one_thread
 
 # Changed when a result of an earlier version can no longer be read.
 FORMAT = 1
@@ -100,16 +106,16 @@ def measure(sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
     memory = measure_memory(_sweep_cells(sizes))
     rows = [
         {
-            **asdict(one.cell),
-            "mode": one.mode,
-            "seconds": _digits(one.median_s),
-            "lowest_s": _digits(one.lowest_s),
-            "highest_s": _digits(one.highest_s),
-            "rounds": one.rounds,
+            **asdict(cell),
+            "mode": mode,
+            "seconds": _digits(timed.median_s),
+            "lowest_s": _digits(timed.lowest_s),
+            "highest_s": _digits(timed.highest_s),
+            "rounds": timed.rounds,
         }
-        for one in times
+        for cell, mode, timed in times
     ]
-    held = [{**asdict(m.cell), "mode": m.mode, "bytes": m.peak_bytes} for m in memory]
+    held = [{**asdict(cell), "mode": mode, "bytes": peak} for cell, mode, peak in memory]
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -219,7 +225,7 @@ def _strengths(sizes: Sizes) -> list[dict[str, Any]]:
              "convolution-dilated")  # fmt: skip
     found: list[dict[str, Any]] = []
     for name in names:
-        layer = LAYERS[name]
+        layer = _with_projections(LAYERS[name])
         depth = 1 if layer.cell is not None else counts.reckoned_path(layer, n)
 
         def build(layer: Layer = layer, depth: int = depth) -> nn.Module:
@@ -244,6 +250,22 @@ def _strengths(sizes: Sizes) -> list[dict[str, Any]]:
         logs = [math.log(max(v, 1e-300)) for v in one["values"][1:]]
         one["log_line"] = asdict(fit_line(range(1, n), logs))
     return found
+
+
+def _with_projections(layer: Layer) -> Layer:
+    """The restricted attention as it is beside the full one: both have their matrices.
+
+    Without, a position's product with itself, the square of its length, takes nearly all weight.
+    """
+    if layer.name != "attention-banded":
+        return layer
+    return replace(
+        layer,
+        label="restricted self-attention with projections",
+        make=lambda d, window, dilation: SelfAttention(
+            d, "banded", projections=True, neighbourhood=window
+        ),
+    )
 
 
 def _recurrent_part(stack: nn.Module, name: str) -> torch.Tensor:
@@ -343,47 +365,31 @@ def crossings(rows: Sequence[dict[str, Any]], sizes: Sizes) -> list[dict[str, An
 
 # --- the file -------------------------------------------------------------------------------------
 
-
-def write_result(file: Path, result: dict[str, Any]) -> None:
-    """As JSON.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_json(result) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"the results cannot be written: {file}: {error.strerror}: choose another place"
-        ) from None
-
-
-def _json(result: Mapping[str, Any]) -> str:
-    """A line for each row of a list, so that changes can be read and the file stays short."""
-    parts = []
-    for name, value in result.items():
-        if isinstance(value, list):
-            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
-            parts.append(f" {json.dumps(name)}: [\n{rows}\n ]")
-        else:
-            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(parts) + "\n}"
+_ROW = ("layer", "n", "d", "mode")
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    """What ``write_result`` wrote.
+    """What ``babelray table1 --output`` wrote.
 
     Raises:
         UserError: there is no such file, or it is not one of these.
     """
-    mend = "give a file that babelray table1 --output wrote, or measure without --input"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--input {file}: {error.strerror}: {mend}") from None
-    except ValueError:
-        raise UserError(f"--input {file}: this is not JSON: {mend}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "crossings" not in found:
-        raise UserError(f"--input {file}: these are no results of table 1: {mend}")
-    return found
+    fits = [name for name, layer in LAYERS.items() if layer.timed]
+    return results.read_result(
+        file,
+        "table1",
+        form=FORMAT,
+        objects={
+            "machine": ("cpu", "cores", "versions", "load_before", "load_after", "memory_kept"),
+            "sizes": [field.name for field in fields(Sizes)],
+            "layers": list(LAYERS),
+            "time_fits": fits,
+            "memory_fits": fits,
+        },
+        rows={
+            "strengths": ("layer", "label", "depth", "values", "log_line"),
+            "times": (*_ROW, "seconds", "lowest_s", "highest_s"),
+            "memory": (*_ROW, "bytes"),
+            "crossings": ("attention", "recurrence", "d", "mode", "reckoned", "measured", "last_n"),
+        },
+    )

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.paper.charts import Panel, Series, write_charts
 from trainer.paper.table1_layers import LAYERS
 
-# What is drawn, with the colour and mark that a layer has in every plot.
+# The colour and mark that a layer has in every plot.
+_LOOKS = {
+    name: look
+    for look, name in enumerate(
+        (
+            "attention",
+            "attention-fused",
+            "attention-projected",
+            "attention-banded",
+            "rnn",
+            "lstm",
+            "convolution",
+            "convolution-dilated",
+            "gru",
+        )
+    )
+}
+# Whose time and memory are drawn.
 _DRAWN = (
     "attention",
     "attention-fused",
@@ -19,8 +36,9 @@ _DRAWN = (
     "lstm",
     "convolution",
 )
-_LOOKS = {name: look for look, name in enumerate(_DRAWN)}
 _MODES = {"forward": "forward", "training": "forward and backward"}
+# Its gradient lies on the GRU's.
+_HIDES = "recurrence (LSTM)"
 NAMES = ("path", "gradient", "time", "crossing", "memory")
 
 
@@ -49,8 +67,8 @@ def _path_panels(result: Mapping[str, Any]) -> list[Panel]:
     layers = result["layers"]
     chains, paths = [], []
     names = ("attention", "rnn", "lstm", "convolution", "convolution-dilated", "attention-banded")
-    for look, name in enumerate(names):
-        layer = layers[name]
+    for name in names:
+        layer, look = layers[name], _LOOKS[name]
         if not LAYERS[name].dilated:  # one layer is as any convolution
             chain = layer["chain"]
             chains.append(Series(layer["label"], chain["n"], chain["length"], look=look))
@@ -65,16 +83,21 @@ def _path_panels(result: Mapping[str, Any]) -> list[Panel]:
 
 
 def _gradient_panels(result: Mapping[str, Any]) -> list[Panel]:
-    single, stacks = [], []
+    single: list[Series] = []
+    stacks: list[Series] = []
     for one in result["strengths"]:
         layer = LAYERS[one["layer"]]
         places = range(0, len(one["values"]), 8)
         values = [one["values"][place] for place in places]
+        look = _LOOKS[one["layer"]]
         if layer.cell is not None or one["layer"] == "attention-projected":
-            single.append(Series(one["label"], places, values))
+            again = any(series.look == look for series in single)
+            label = one["label"] + (", nearly as the GRU" if one["label"] == _HIDES else "")
+            style: Literal["line", "variant"] = "variant" if again else "line"
+            single.append(Series(label, places, values, look=look, style=style))
         if layer.cell is None:
             label = f"{one['label']}, {one['depth']} layer{'s' * (one['depth'] > 1)}"
-            stacks.append(Series(label, places, values))
+            stacks.append(Series(label, places, values, look=look))
     x, y = "distance in positions", "norm of the gradient"
     return [
         Panel("one layer", x, y, single, y_log=True),

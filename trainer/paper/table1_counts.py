@@ -117,7 +117,9 @@ def path_length(layer: Layer, n: int, *, window: int | None = None, d: int = 4) 
 
     For recurrence the fewest steps from cell to cell, within one layer, by which the last output's
     gradient reaches the first input: it is cut off after so many cells, as truncated
-    back-propagation does. Found by doubling and bisection, each length tried by gradients.
+    back-propagation does. That this is n follows from the loop over cells, one a position; the
+    gradient only shows that nothing is lost on the way. Found by doubling and bisection, each
+    length tried by gradients.
     """
 
     def connects(length: int) -> bool:

@@ -7,19 +7,50 @@ from pathlib import Path
 from typing import Any
 
 from trainer.paper import table1_tables as tables
-from trainer.paper.pages import markdown_table, write_parts
+from trainer.paper.pages import check_page, markdown_table, write_parts
 from trainer.paper.table1_charts import write_all
 from trainer.paper.table1_layers import LAYERS
-from trainer.paper.table1_tables import CLOSE, MODE_NAMES, Table
+from trainer.paper.table1_tables import CLOSE, MODE_NAMES, Table, about
+from trainer.paper.timing import spread
 
-# By whether the allocator kept memory while times were taken: see ``table1_times.memory_kept``.
-_ALLOCATOR = {
+# By whether the allocator kept memory while times were taken: see ``timing.memory_kept``.
+ALLOCATOR = {
     True: "freed memory is kept for the next pass, as in babelray's workers",
-    False: "with the C library's own ways, so that the system's work for large blocks, up to half "
-    "of self-attention's time at n = 2048, is in them",
+    False: "with the C library's own ways, so that the system's work for large blocks is in them",
 }
 # How many of the exponents that differ are named.
 _NUM_NAMED = 6
+
+
+PARTS = (
+    "machine",
+    "findings",
+    "paper",
+    "orders",
+    "operations",
+    "steps",
+    "paths",
+    "strengths",
+    "time_exponents",
+    "times",
+    "crossings",
+    "memory_exponents",
+    "memory",
+)
+
+
+def check(page: Path) -> None:
+    """That ``write_page`` will find what it needs: to be asked before minutes of measuring.
+
+    Raises:
+        UserError: it will not.
+    """
+    check_page(page, PARTS, images(page))
+
+
+def images(page: Path) -> Path:
+    """Where the plots of a page lie."""
+    return page.parent.parent / "images" / "paper"
 
 
 def write_page(result: Mapping[str, Any], page: Path) -> list[Path]:
@@ -29,7 +60,7 @@ def write_page(result: Mapping[str, Any], page: Path) -> list[Path]:
         UserError: a file cannot be written, or the page lacks a part's marks.
     """
     write_parts(page, parts(result))
-    return [page, *write_all(result, page.parent.parent / "images" / "paper")]
+    return [page, *write_all(result, images(page))]
 
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
@@ -52,8 +83,9 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "machine": f"Times are of {result['date']}, one thread of an {machine['cpu']} "
         f"({machine['cores']} cores, shared: load {machine['load_before']:.1f} before and "
         f"{machine['load_after']:.1f} after), PyTorch {machine['versions']['torch']}; "
-        f"{_ALLOCATOR[machine['memory_kept']]}. Everything "
-        "else on this page is counted, and the same on every machine.",
+        f"{ALLOCATOR[machine['memory_kept']]}. Of {len(result['times'])} times, each the median "
+        f"of its rounds, {spread((row['lowest_s'], row['highest_s']) for row in result['times'])}. "
+        "Everything else on this page is counted, and the same on every machine.",
         "findings": "\n".join(f"- {line}" for line in _findings(result)),
         **{name: markdown(table) for name, table in texts.items()},
     }
@@ -87,19 +119,20 @@ def _counted(result: Mapping[str, Any]) -> str:
         for found in layer["operations"].values()
         for a, b in zip(found["counted"], found["reckoned"], strict=True)
     ]
-    lengths = [
-        (a, b)
-        for layer in layers
-        for found in (layer["path"], layer["path"].get("by_window"))
-        if found
-        for a, b in zip(found["length"], found["reckoned"], strict=True)
-    ]
+    lengths: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+    for name, layer in result["layers"].items():
+        own = lengths[LAYERS[name].cell is not None]
+        for found in (layer["path"], layer["path"].get("by_window")):
+            if found:
+                own += zip(found["length"], found["reckoned"], strict=True)
     return (
         f"Operations as PyTorch counts them equal the formula in {_equal(places)}, paths measured "
-        f"by gradients in {_equal(lengths)}. Orders of operations, steps and paths are the "
+        f"by gradients in {_equal(lengths[False])}; in the {len(lengths[True])} cases of "
+        "recurrence the path is n by construction. Orders of operations, steps and paths are the "
         "paper's. Where a row differs it is another layer: projections add nd², a mask saves "
-        "nothing, and contiguous convolutions need a stack of n/k (the paper's text has both, its "
-        "table the log_k n of dilated ones)."
+        "nothing, separable convolutions have the knd + nd² of the paper's section 4 (between "
+        "exponents, as any sum of two terms), and contiguous convolutions need a stack of n/k "
+        "(the paper's text has both, its table the log_k n of dilated ones)."
     )
 
 
@@ -149,6 +182,18 @@ def _crossed(result: Mapping[str, Any]) -> Iterable[str]:
             for row in own
         )
         yield f"Self-attention's forward pass is cheaper than the {label}'s up to n, {places}."
+    longer = [row for row in result["crossings"] if _is_longer(row)]
+    yield (
+        "With projections and without, forward and both passes, self-attention is the cheaper one "
+        f"for longer by time than by operations in {len(longer)} of {len(result['crossings'])} "
+        "comparisons with recurrence."
+    )
+
+
+def _is_longer(row: Mapping[str, Any]) -> bool:
+    if row["measured"] is None:
+        return bool(row["last_n"] >= row["reckoned"])
+    return bool(row["measured"] > row["reckoned"])
 
 
 def _up_to(n: float) -> str:
@@ -156,4 +201,6 @@ def _up_to(n: float) -> str:
 
 
 def _measured(row: Mapping[str, Any]) -> str:
-    return f"beyond {row['last_n']:,}" if row["measured"] is None else _up_to(row["measured"])
+    if row["measured"] is None:
+        return f"beyond {row['last_n']:,}"
+    return f"about {about(row['measured'])}" if row["measured"] else "never"

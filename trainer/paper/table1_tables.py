@@ -17,6 +17,10 @@ PAPER = (
     ("Convolutional", "O(k·n·d²)", "O(1)", "O(log_k(n))"),
     ("Self-Attention (restricted)", "O(r·n·d)", "O(1)", "O(n/r)"),
 )
+# What the text says of a layer that the table has no row for.
+_OF_THE_TEXT = {"convolution-separable": "O(k·n·d + n·d²), section 4"}
+# A loop over cells, one a position: no measurement could find another length.
+BY_CONSTRUCTION = "by construction"
 MODE_NAMES = {"forward": "forward", "training": "forward and backward"}
 # How far a measured exponent may be from that of the operations to be called the same.
 CLOSE = 0.15
@@ -83,21 +87,22 @@ def orders(result: Mapping[str, Any]) -> Table:
     rows = [
         (
             layer["label"],
-            complexity,
+            _OF_THE_TEXT.get(name, complexity),
             _counted_order(layer),
             sequential,
             _chain_order(layer),
             longest,
-            _path_order(layer),
+            _constructed(name, _path_order(layer)),
         )
         for paper_row, complexity, sequential, longest in PAPER
-        for layer in _of(result, paper_row)
+        for name, layer in result["layers"].items()
+        if layer["paper_row"] == paper_row
     ]
     return Table("Table 1, counted", head, rows, words=7)
 
 
-def _of(result: Mapping[str, Any], paper_row: str) -> Iterable[dict[str, Any]]:
-    return (layer for layer in result["layers"].values() if layer["paper_row"] == paper_row)
+def _constructed(name: str, length: str) -> str:
+    return f"{length}, {BY_CONSTRUCTION}" if LAYERS[name].cell is not None else length
 
 
 def power(symbol: str, exponent: float) -> str:
@@ -196,15 +201,20 @@ def paths(result: Mapping[str, Any]) -> Table:
     varied = ", ".join(map(str, sizes["windows"]))
     note = f"{windows}; the last column: r or k = {varied} at n = {sizes['path_n'][-1]}"
     rows = []
-    for layer in result["layers"].values():
+    for name, layer in result["layers"].items():
         path = layer["path"]
+        places, found, reckoned = (
+            ", ".join(map(str, path[key])) for key in ("n", "length", "reckoned")
+        )
         by_window = path.get("by_window")
         line = path.get("line_through_log")
         slope = f"{line['slope']:.3f} × log_k n" if line else f"{path['exponent']['slope']:.3f}"
         rows.append(
             (
                 layer["label"],
-                *(", ".join(map(str, path[name])) for name in ("n", "length", "reckoned")),
+                places,
+                _constructed(name, found),
+                reckoned,
                 slope,
                 f"{by_window['exponent']['slope']:.3f}" if by_window else "",
             )
@@ -335,7 +345,7 @@ def crossings(result: Mapping[str, Any]) -> Table:
     for row in result["crossings"]:
         key = row["attention"], row["recurrence"], row["d"]
         rows.setdefault(key, [_place(row["reckoned"])]).append(
-            f"> {row['last_n']:,}" if row["measured"] is None else _place(row["measured"])
+            f"> {row['last_n']:,}" if row["measured"] is None else about(row["measured"])
         )
     lines = [
         (LAYERS[attention].label, LAYERS[other].label.split("(")[1].rstrip(")"), str(d), *cells)
@@ -346,3 +356,8 @@ def crossings(result: Mapping[str, Any]) -> Table:
 
 def _place(n: float) -> str:
     return f"{n:,.0f}" if n > 0 else "never"
+
+
+def about(n: float) -> str:
+    """A measured place, with the two digits that it has from one run to the next."""
+    return _place(float(f"{n:.2g}"))

@@ -25,6 +25,7 @@ from tests.runs import make_run
 from trainer.paper import attention_bench as bench
 from trainer.paper import attention_page, attention_scale
 from trainer.paper.charts import Panel
+from trainer.paper.results import write_result
 from trainer.run import LoadedModel, load_model
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -147,10 +148,11 @@ def test_results_make_tables_plots_and_a_page(
 
     monkeypatch.setattr(attention_page, "write_charts", draw)
     file, page = tmp_path / "new" / "attention.json", tmp_path / "docs" / "paper" / "a.md"
-    bench.write_result(file, result)
+    write_result(file, result)
     assert bench.read_result(file) == json.loads(json.dumps(result))
     page.parent.mkdir(parents=True)
     names = attention_page.parts(result)
+    assert set(names) == set(attention_page.PARTS)
     page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in names))
     done = command("--input", file, "--page", page, "--plots", tmp_path / "plots")
     assert done.exit_code == 0, done.output
@@ -174,20 +176,39 @@ def test_results_make_tables_plots_and_a_page(
 
 def test_wrong_input_is_told(tmp_path: Path) -> None:
     other, broken = tmp_path / "other.json", tmp_path / "broken.json"
+    empty = tmp_path / "empty.json"
     other.write_text("{}")
+    empty.write_text(json.dumps({"format": bench.FORMAT, "speed": []}))
     broken.write_text("{")
     for arguments, told in (
         (("--input", tmp_path / "none.json"), "No such file"),
         (("--input", broken), "this is not JSON"),
         (("--input", other), "no results of attention-bench"),
+        (("--input", empty), "'machine' is missing"),
         (("demo", "--input", other), "no RUN, no --quick, no --output"),
         (("nowhere", "--runs", tmp_path), "nowhere"),
     ):
         done = command(*arguments)
         assert done.exit_code == 2
         assert told in done.stderr
-    with pytest.raises(UserError, match="the results cannot be written"):
-        bench.write_result(other / "below.json", {})
+
+
+def test_what_could_not_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it is measured"))
+    file = tmp_path / "file"
+    file.write_text("")
+    for arguments, told in (
+        (("--output", file / "x.json"), "is no folder"),
+        (("--plots", file / "plots"), "is no folder"),
+        (("--page", tmp_path / "none.md"), "cannot be read"),
+        (("--page", file), "no part 'machine'"),
+        (("--quick", "--page", file), "no --page"),
+    ):
+        done = command(*arguments)
+        assert done.exit_code == 2, arguments
+        assert told in done.stderr
 
 
 def test_the_page_is_made_of_the_committed_results() -> None:

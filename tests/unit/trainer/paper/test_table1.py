@@ -18,12 +18,13 @@ from click.testing import CliRunner, Result
 from cluster.cli import cli
 from data_shards.errors import UserError
 from tests.workplace import REPOSITORY
-from trainer.paper import table1, table1_charts, table1_counts, table1_tables
+from trainer.paper import table1, table1_charts, table1_counts, table1_page, table1_tables
 from trainer.paper.charts import Panel
+from trainer.paper.results import write_result
 from trainer.paper.table1_fit import crossing, fit_line, fit_power
 from trainer.paper.table1_layers import LAYERS, Layer, banded_attention, make, make_stack
-from trainer.paper.table1_page import parts, write_page
-from trainer.paper.table1_times import peak_bytes
+from trainer.paper.table1_page import PARTS, parts, write_page
+from trainer.paper.timing import peak_bytes
 
 TINY = table1.Sizes(
     count_n=(16, 32),
@@ -60,7 +61,7 @@ def result() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def file(result: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("table1") / "new" / "table1.json"
-    table1.write_result(file, result)
+    write_result(file, result)
     return file
 
 
@@ -257,7 +258,9 @@ def test_every_size_is_measured_and_fitted(result: dict[str, Any]) -> None:
 def test_the_tables_say_the_papers_orders(result: dict[str, Any]) -> None:
     rows = {row[0]: row[1:] for row in table1_tables.orders(result).rows}
     assert rows["self-attention"] == ("O(n²·d)", "n² d", "O(1)", "1", "O(1)", "1")
-    assert rows["recurrence (RNN)"] == ("O(n·d²)", "n d²", "O(n)", "n", "O(n)", "n")
+    by_loop = "n, by construction"
+    assert rows["recurrence (RNN)"] == ("O(n·d²)", "n d²", "O(n)", "n", "O(n)", by_loop)
+    assert rows["convolution, separable"][0] == "O(k·n·d + n·d²), section 4"
     assert rows["convolution, dilated"][1:] == ("k n d²", "O(1)", "1", "O(log_k(n))", "log_k n")
     assert rows["convolution"][-1] == "n / k"
     assert rows["restricted self-attention, by blocks"][-1] == "n / r"
@@ -285,8 +288,15 @@ def test_the_page_is_written_from_the_results_alone(
     for name in ("orders", "operations", "steps", "paths", "strengths", "times", "crossings"):
         for row in getattr(table1_tables, name)(read).rows:
             assert f"| {' | '.join(row)} |" in text, name
-    assert text.count("12,345") == 2
+    assert list(PARTS) == list(names)
+    assert text.count("12,000") == 2
+    assert "12,345" not in text
+    assert "in the 6 cases of recurrence the path is n by construction" in text
     names = ("path", "gradient", "time", "crossing", "memory")
+    for panel in (panel for panels in drawn.values() for panel in panels):
+        assert len({(one.look, one.style) for one in panel.series}) == len(panel.series)
+    looks = {(one.name, one.look) for ps in drawn.values() for p in ps for one in p.series}
+    assert len({name for name, _ in looks}) == len(looks)
     assert list(drawn) == [f"images/paper/table1-{name}.svg" for name in names]
     assert [tmp_path / name for name in drawn] == written[1:]
     assert all(
@@ -316,23 +326,38 @@ def run(*arguments: object) -> Result:
 def test_the_command_tells_measures_and_writes(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table1, "QUICK", TINY)
     kept = file.read_text()
     monkeypatch.setattr(table1, "measure", lambda sizes, say: json.loads(kept))
     wanted: list[tuple[object, Path]] = []
     monkeypatch.setattr(
-        "trainer.paper.table1_page.write_page",
-        lambda result, page: wanted.append((result, page)) or [page],
+        table1_page, "write_page", lambda result, page: wanted.append((result, page)) or [page]
     )
-    output = tmp_path / "results" / "table1.json"
-    done = run("--quick", "--output", output, "--page", tmp_path / "page.md")
+    output, page = tmp_path / "results" / "table1.json", tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in PARTS))
+    done = run("--output", output, "--page", page)
     assert done.exit_code == 0, done.output
     assert "The paper's table 1" in done.stdout
-    assert wanted == [(json.loads(kept), tmp_path / "page.md")]
+    assert wanted == [(json.loads(kept), page)]
     assert "page.md" in done.stderr
     assert output.read_text() == kept
     told = run("--input", output, "--json")
     assert json.loads(told.stdout) == json.loads(kept)
+
+
+def test_what_could_not_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table1, "measure", lambda sizes, say: pytest.fail("it is measured"))
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (("--output", tmp_path / "file" / "x.json"), "is no folder"),
+        (("--page", tmp_path / "none.md"), "cannot be read"),
+        (("--page", tmp_path / "file"), "no part 'machine'"),
+        (("--quick", "--page", tmp_path / "file"), "no --page"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2, arguments
+        assert words in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -342,6 +367,7 @@ def test_the_command_tells_measures_and_writes(
         ("{", "not JSON"),
         ("[]", "no results"),
         ('{"format": 0}', "no results"),
+        ('{"format": 1, "crossings": []}', "'machine' is missing"),
     ],
 )
 def test_results_that_cannot_be_read_are_told(
@@ -366,5 +392,4 @@ def test_what_cannot_be_written_is_told(result: dict[str, Any], tmp_path: Path) 
     (tmp_path / "paper").write_text("a page without parts")
     with pytest.raises(UserError, match="no part 'machine'"):
         write_page(result, tmp_path / "paper")
-    with pytest.raises(UserError, match="results cannot be written"):
-        table1.write_result(tmp_path / "paper" / "x.json", result)
+    assert (tmp_path / "paper").read_text() == "a page without parts"
