@@ -34,6 +34,8 @@ from model.cost import Work, peak_flops, training_flops
 MAX_LENGTH = 256  # data.max_length: a lane must hold the longest pair
 BUCKET_ELEMENTS = 50_000_000  # trainer/engine.py
 OPTIMIZER_BYTES = 32  # a parameter: master, two moments read and written, gradient, bf16 weight
+LOGITS_ELEMENTS = 1 << 27  # model/loss.py: at a time on a GPU
+LOGIT_BYTES = 12  # logits and softmax in half precision, and two in float32 while logsumexp runs
 CHECKPOINT_BYTES = 12  # a parameter: master and two moments in float32
 START_S = 20.0  # command to first step (benchmarks/README.md)
 RECOVERY_S = 6.6  # death of a rank to the next step (benchmarks/README.md)
@@ -201,8 +203,9 @@ def balance(ranks: int, tokens_per_lane: float) -> dict[str, float]:
 def memory_gb(model: str, parameters: float, ranks: int, tokens: float, stage: int) -> float:
     """Of a rank: weights and gradients in half precision, Adam's state, what backward needs."""
     state = CHECKPOINT_BYTES / (ranks if stage else 1)
-    kept = parts()["kept_bytes_per_token"][model] * tokens
-    return (parameters * (4 + state) + kept + 4 * BUCKET_ELEMENTS) / 1e9
+    kept = parts()["kept_bytes_per_token"][model] * tokens + parts()["kept_bytes_once"][model]
+    logits = min(tokens * PAPER_VOCABULARY, LOGITS_ELEMENTS) * LOGIT_BYTES
+    return (parameters * (4 + state) + kept + logits + 4 * BUCKET_ELEMENTS) / 1e9
 
 
 @dataclass(frozen=True)

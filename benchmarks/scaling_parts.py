@@ -5,7 +5,7 @@
 Of the plan: padding, and how much longer the fullest lane of a step computes than the mean lane, on
 made-up corpora of the size of WMT14. Of the model: how long the CPU alone is busy with a lane's
 forward and backward pass whatever its width (what a GPU waits for when batches are small), and how
-many bytes autograd keeps a token.
+many bytes autograd keeps a token, and how many whatever the tokens.
 """
 
 from __future__ import annotations
@@ -192,28 +192,37 @@ def host_reduction(ranks: int, repeats: int) -> float:
     return statistics.median(times)
 
 
-def kept_bytes(preset: str) -> float:
-    """Bytes that autograd keeps for the backward pass, a target token with its source token."""
+def kept_bytes(preset: str) -> tuple[float, float]:
+    """Bytes that autograd keeps for the backward pass: a target token with its source token, once.
+
+    Once there is the softmax matrix' gradient, which the loss has before the backward pass asks.
+    """
     import torch
 
     from model.build import build
 
     model = build(ModelConfig(preset=preset), VOCABULARY).to(torch.bfloat16).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    length, few, many = 32, 4, 8
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def kept(num_pairs: int) -> int:
+        storages: dict[int, int] = {}
 
-    rows, length = 8, 32
-    source = torch.randint(4, VOCABULARY, (rows, length))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = model.training_loss(source, source, source, 0.1)
-    del loss
-    return sum(kept.values()) / (rows * length)
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        source = torch.randint(4, VOCABULARY, (num_pairs, length))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = model.training_loss(source, source, source, 0.1)
+        del loss
+        return sum(storages.values())
+
+    of_few, of_many = kept(few), kept(many)
+    per_token = (of_many - of_few) / ((many - few) * length)
+    return per_token, of_many - many * length * per_token
 
 
 def main() -> None:
@@ -231,8 +240,10 @@ def main() -> None:
     content["host_reduction_s"] = {n: host_reduction(n, arguments.repeats) for n in (8, 512)}
     print(f"the step's own sum, CPU ms: {content['host_reduction_s']}")
     content["corpus"] = pair_moments(made_up_lengths(EN_DE_PAIRS))
-    content["kept_bytes_per_token"] = {name: kept_bytes(name) for name in ("base", "big")}
-    print(f"kept for backward, bytes a token: {content['kept_bytes_per_token']}")
+    kept = {name: kept_bytes(name) for name in ("base", "big")}
+    content["kept_bytes_per_token"] = {name: found[0] for name, found in kept.items()}
+    content["kept_bytes_once"] = {name: found[1] for name, found in kept.items()}
+    print(f"kept for backward, bytes a token and once: {kept}")
     for name, pairs in (("en_de", EN_DE_PAIRS), ("en_fr", EN_FR_PAIRS)):
         print(f"{name}: {pairs:,} made-up pairs")
         if name == "en_fr":

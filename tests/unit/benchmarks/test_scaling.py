@@ -13,6 +13,7 @@ import torch
 
 from model.build import build
 from model.config import ModelConfig
+from trainer.paper.memory import activation_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -127,6 +128,22 @@ def test_what_does_not_fit_is_cut_into_more_lanes(model: ModuleType) -> None:
     assert model.memory_gb("big", parameters, 8, 2 * many.tokens_per_lane, 1) > 0.9 * 16
     nothing = model.Gpu("x", "V100", "fp16", 1.0, 900, 120, "")
     assert model.reckon(job, model.Cluster(nothing, 8, 0)) == "out of memory"
+
+
+@pytest.mark.parametrize("preset", ["base", "big"])
+def test_what_autograd_keeps_is_the_plans_formula_and_once_the_softmax_gradient(
+    model: ModuleType, preset: str
+) -> None:
+    parts, config = model.parts(), ModelConfig(preset=preset)
+    assert parts["kept_bytes_once"][preset] == pytest.approx(4 * 37_000 * config.d_model, rel=0.01)
+    formula = activation_bytes(config, "bf16", 1)
+    # Measured on the CPU's path, which keeps weights of attention as well.
+    assert formula <= parts["kept_bytes_per_token"][preset] < 1.1 * formula
+    # Twelve bytes a logit, of 2^27 at most.
+    for tokens, logits in ((1000, 1000 * 37_000), (20_000, 0)):
+        more = [model.memory_gb(preset, 1e8, 8, n, 1) for n in (tokens, tokens + 1000)]
+        expected = 1000 * parts["kept_bytes_per_token"][preset] + 12 * logits
+        assert more[1] - more[0] == pytest.approx(expected / 1e9)
 
 
 def test_the_best_interval_loses_least(model: ModuleType) -> None:
