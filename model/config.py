@@ -6,7 +6,7 @@ Source: Vaswani et al. 2017 (arXiv 1706.03762), sections 3 and 6.2, Table 3.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -91,7 +91,7 @@ class ModelConfig(BaseModel):
         kind, name = values.get("kind", "transformer"), values["preset"]
         if not isinstance(kind, str) or not isinstance(name, str):
             return values  # the field itself is wrong, and will be told
-        presets = PRESETS.get(kind)
+        presets = PRESETS.get(cast("Kind", kind))
         if presets is None:
             return values  # the kind itself is wrong, and will be told
         if name not in presets:
