@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from cluster.options import (
     config_option,
@@ -104,14 +105,14 @@ def _rows(
     "--image",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.svg",
-    help="Draw the rows' differences from the base, here and in the paper.",
+    help="Draw how the rows stand to the base, here and in the paper.",
 )
 @click.option(
     "--input",
     "result_file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.json",
-    help="Train nothing: show, and write or draw from, a result that --output wrote.",
+    help="Train nothing: show, and write the page or draw from, a result that --output wrote.",
 )
 @click.option(
     "--only-done", is_flag=True, help="Train nothing: the table of those trainings that are done."
@@ -120,7 +121,9 @@ def _rows(
     "--dry-run", is_flag=True, help="Show what would be trained, and what is done; train nothing."
 )
 @json_option
+@click.pass_context
 def table3(
+    ctx: click.Context,
     config_file: Path | None,
     settings: tuple[str, ...],
     rows: list[tuple[str, int | None]],
@@ -153,10 +156,18 @@ def table3(
       babelray table3 --rows base:3,A-1-head:3,C-2-layers --steps 500
       babelray table3 --config configs/tiny.yaml --rows base,C-2-layers --prefix toy
     """
-    from trainer.paper import table3_page, table3_summary
+    _check_options(ctx)
+    from trainer.paper import table3_page, table3_result, table3_summary
+    from trainer.paper.results import check_place
 
+    # Now, not after an hour of training.
+    for file in (output, image):
+        if file is not None:
+            check_place(file)
+    if page is not None:
+        table3_page.check(page, part)
     if result_file is not None:
-        summary = table3_summary.read(result_file)
+        summary = table3_result.read(result_file)
     else:
         from cluster.paper import table3 as trials
         from trainer.config import load_config
@@ -181,7 +192,7 @@ def table3(
                 raise click.exceptions.Exit(_INTERRUPTED) from None
         summary = table3_summary.summarise(found, base)
     if output is not None:
-        table3_summary.write(summary, output)
+        table3_result.write(summary, output)
     if page is not None and part is not None:
         table3_page.write_trainings(summary, page, part)
     elif page is not None:
@@ -191,9 +202,31 @@ def table3(
     if as_json:
         print_json(summary)
         return
-    scores, differences, verdicts = table3_page.text(summary)
-    click.echo(_lines(scores) + "\n\ndifference from base\n" + _lines(differences) + "\n")
-    click.echo("\n".join(verdicts))
+    scores, against_base, notes = table3_page.text(summary)
+    click.echo(_lines(scores) + "\n\nagainst base\n" + _lines(against_base) + "\n")
+    click.echo("\n".join(notes))
+
+
+def _check_options(ctx: click.Context) -> None:
+    """That no option is given that another makes void."""
+    given = {
+        option.name: option.opts[-1]
+        for option in ctx.command.params
+        if option.name is not None
+        and ctx.get_parameter_source(option.name) is not ParameterSource.DEFAULT
+    }
+    shows = {"result_file", "page", "part", "image", "as_json"}
+    makes = {"output", "page", "part", "image", "as_json"}
+    for name, others, why in (
+        ("result_file", given.keys() - shows, "it is a result that is there, and trains nothing"),
+        ("dry_run", given.keys() & {*makes, "only_done"}, "it makes no result"),
+        ("only_done", given.keys() & {"parallel", "dashboard_port"}, "it trains nothing"),
+    ):
+        if name in given and others:
+            void = ", ".join(word for key, word in given.items() if key in others)
+            raise click.UsageError(f"{given[name]}: {why}: leave out {void}")
+    if "part" in given and "page" not in given:
+        raise click.UsageError("--part is a part of a page: give --page, too")
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from trainer.config import parse_config
 from trainer.paper.charts import Panel, Series, write_charts
-from trainer.paper.pages import markdown_table, write_parts
+from trainer.paper.pages import check_page, markdown_table, write_parts
 from trainer.paper.table3 import BASE, ROWS, Row
 from trainer.paper.table3_sizes import (
     ARCHITECTURES,
@@ -36,50 +36,69 @@ _VERBS: dict[Verdict, tuple[str, str]] = {
 # one, and reports single trainings.
 _NONE = {"perplexity": 0.015, "bleu_valid": 0.15}
 _PAPER = {"perplexity": "perplexity", "bleu_valid": "bleu"}
+# The paper's text says of this row that quality drops; it names no smaller loss (section 6.2).
+_SMALLEST_LOSS = "A-32-heads"
+# Beside an interval of a row with one seed.
+_ONE_SEED = "†"
 
 Summary = Mapping[str, Any]
 
 
-def half_width(judged: Mapping[str, Any]) -> float | None:
-    """Half of a 95 % interval for both, which sentences and which seed; None if one is unknown."""
-    if judged["seeds"] is None:
-        return None
-    low, high = judged["sentences"]
-    return math.hypot(judged["seeds"], (high - low) / 2)
+def as_good(metric: str) -> tuple[float, float]:
+    """Between which a row is as good as the base: half of the smallest loss that the paper names.
+
+    Of perplexity ratios to the base's, half taken in logarithms; of BLEU differences.
+    """
+    loss = against_base(ROWS[_SMALLEST_LOSS], metric)
+    if metric == "perplexity":
+        return 1 / math.sqrt(loss), math.sqrt(loss)
+    return loss / 2, -loss / 2
 
 
 def verdict(row: Mapping[str, Any], metric: str) -> Verdict | None:
-    """Whether a row differs from the base as in the paper; None for the base.
+    """Whether a row stands to the base as in the paper; None for the base.
 
-    It agrees if it differs surely and to the same side; where the paper's two are (almost) equal,
-    if it does not differ surely. It disagrees if it differs surely and to the other side, or where
-    the paper's do not.
+    Where the paper's two differ, it agrees if it surely differs to the same side, and disagrees if
+    it surely differs to the other. Where they are (almost) equal, it agrees if its whole interval
+    lies in ``as_good``, and disagrees if all of it lies outside, to one side. Otherwise it is
+    undecided, as without an interval.
     """
-    difference = row[metric]["difference"]
-    if difference is None:
+    found = row[metric]["against_base"]
+    if found is None:
         return None
-    width = half_width(difference)
-    is_sure = width is not None and abs(difference["mean"]) > width
-    paper = paper_difference(ROWS[row["row"]], metric)
-    if abs(paper) < _NONE[metric]:
-        return "disagrees" if is_sure else "agrees"
-    if not is_sure:
+    if found["both"] is None:
         return "undecided"
-    return "agrees" if (paper > 0) == (difference["mean"] > 0) else "disagrees"
+    low, high = found["both"]
+    none = 1.0 if metric == "perplexity" else 0.0
+    paper = against_base(ROWS[row["row"]], metric)
+    if _is_none(ROWS[row["row"]], metric):
+        least, most = as_good(metric)
+        if least < low and high < most:
+            return "agrees"
+        return "disagrees" if low > most or high < least else "undecided"
+    if low <= none <= high:
+        return "undecided"
+    return "agrees" if (paper > none) == (found["mean"] > none) else "disagrees"
 
 
-def paper_difference(row: Row, metric: str) -> float:
-    """A row minus base, in the paper."""
-    own: float = getattr(row, _PAPER[metric])
-    return own - float(getattr(ROWS[BASE], _PAPER[metric]))
+def against_base(row: Row, metric: str) -> float:
+    """In the paper: of perplexity the row's by base's, of BLEU the row's minus base's."""
+    own, base = (float(getattr(each, _PAPER[metric])) for each in (row, ROWS[BASE]))
+    return own / base if metric == "perplexity" else own - base
+
+
+def _is_none(row: Row, metric: str) -> bool:
+    own, base = (float(getattr(each, _PAPER[metric])) for each in (row, ROWS[BASE]))
+    return abs(own - base) < _NONE[metric]
 
 
 SCORES_HEADER = (
     "row", "here", "seeds", "parameters", "perplexity", "BLEU valid", "BLEU test",
     "paper: perplexity", "BLEU", "million parameters",
 )  # fmt: skip
-DIFFERENCES_HEADER = (
-    "row", "perplexity", "paper's", "verdict", "BLEU valid", "paper's", "verdict", "BLEU test",
+AGAINST_HEADER = (
+    "row", "perplexity by base's", "paper's", "verdict", "BLEU valid minus base's", "paper's",
+    "verdict", "BLEU test minus base's",
 )  # fmt: skip
 
 
@@ -91,9 +110,9 @@ def score_cells(summary: Summary) -> list[list[str]]:
             _changes(row["model"]) or "-",
             str(len(row["seeds"])),
             f"{row['parameters']:,}",
-            _with_interval(row["perplexity"]),
-            _with_interval(row["bleu_valid"]),
-            _with_interval(row["bleu_test"]),
+            _with_interval(row, "perplexity"),
+            _with_interval(row, "bleu_valid"),
+            _with_interval(row, "bleu_test"),
             f"{ROWS[row['row']].perplexity:.2f}",
             f"{ROWS[row['row']].bleu:.1f}",
             str(ROWS[row["row"]].parameters or ""),
@@ -102,30 +121,41 @@ def score_cells(summary: Summary) -> list[list[str]]:
     ]
 
 
-def difference_cells(summary: Summary) -> list[list[str]]:
-    """A line a row but the base: its difference from the base, here and in the paper."""
+def against_cells(summary: Summary) -> list[list[str]]:
+    """A line a row but the base: how it stands to the base, here and in the paper."""
     cells = []
     for row in summary["rows"]:
-        if row["perplexity"]["difference"] is None:
+        if row["perplexity"]["against_base"] is None:
             continue
         line = [row["row"]]
-        for metric, digits in (("perplexity", 2), ("bleu_valid", 1)):
+        for metric, style in (("perplexity", ".3f"), ("bleu_valid", "+.1f")):
             line += [
-                _with_interval(row[metric]["difference"], sign="+"),
-                f"{paper_difference(ROWS[row['row']], metric):+.{digits}f}",
+                _against_with_interval(row, metric),
+                f"{against_base(ROWS[row['row']], metric):{style}}",
                 verdict(row, metric) or "",
             ]
-        cells.append([*line, _with_interval(row["bleu_test"]["difference"], sign="+")])
+        cells.append([*line, _against_with_interval(row, "bleu_test")])
     return cells
 
 
-def _with_interval(judged: Mapping[str, Any], sign: str = "") -> str:
-    width = half_width(judged)
-    shown = f"{judged['mean']:{sign}.2f}"
-    if width is not None:
-        return f"{shown} ± {width:.2f}"
-    low, high = judged["sentences"]
-    return f"{shown} ({low:{sign}.2f} to {high:{sign}.2f})"
+def _with_interval(row: Mapping[str, Any], metric: str) -> str:
+    return _shown(row, row[metric], ".2f")
+
+
+def _against_with_interval(row: Mapping[str, Any], metric: str) -> str:
+    return _shown(row, row[metric]["against_base"], ".3f" if metric == "perplexity" else "+.2f")
+
+
+def _shown(row: Mapping[str, Any], estimate: Mapping[str, Any], style: str) -> str:
+    """With the interval over sentences and seeds, or over sentences if that of seeds is unknown."""
+    low, high = estimate["both"] or estimate["sentences"]
+    mark = f" {_ONE_SEED}" if _rests_on_others(row) else ""
+    return f"{estimate['mean']:{style}} ({low:{style}} to {high:{style}}){mark}"
+
+
+def _rests_on_others(row: Mapping[str, Any]) -> bool:
+    """Whether what seeds do to the row is taken from the other rows alone."""
+    return len(row["seeds"]) == 1 and row["perplexity"]["both"] is not None
 
 
 def _changes(changes: Mapping[str, Any]) -> str:
@@ -157,6 +187,18 @@ def verdict_lines(summary: Summary) -> list[str]:
     return lines
 
 
+def margin_line() -> str:
+    """What ``as_good`` is, in words."""
+    paper, base = ROWS[_SMALLEST_LOSS], ROWS[BASE]
+    least, most = as_good("perplexity")
+    return (
+        f"as good as base: perplexity {least:.3f} to {most:.3f} of base's, BLEU within "
+        f"{as_good('bleu_valid')[1]:.1f}, half of the smallest loss that the paper's text names: "
+        f"{paper.changed} ({paper.perplexity:.2f} against {base.perplexity:.2f}, {paper.bleu} "
+        f"against {base.bleu})"
+    )
+
+
 def setting_lines(summary: Summary) -> list[str]:
     """What was trained and measured, from the result itself."""
     config = parse_config(summary["config"], where="the result")
@@ -178,16 +220,17 @@ def setting_lines(summary: Summary) -> list[str]:
         f"BLEU: sacreBLEU {summary['signature']}; sentences: "
         + ", ".join(f"{name} {number:,}" for name, number in summary["sentences"].items())
         + ".",
-        "Standard deviation from seed to seed, pooled over rows with several seeds: "
+        "Standard deviation from seed to seed, pooled over rows with several seeds (of perplexity "
+        "in logarithms): "
         + "; ".join(
-            f"{label} {noise[metric]['deviation']:.2f} ({noise[metric]['freedom']} degrees of "
-            "freedom)"
+            f"{label} {noise[metric]['deviation']:.{digits}} ({noise[metric]['freedom']} degrees "
+            "of freedom)"
             if noise[metric]["deviation"] is not None
             else f"{label} unknown, no row has two seeds"
-            for metric, label in (
-                ("perplexity", "perplexity"),
-                ("bleu_valid", "BLEU valid"),
-                ("bleu_test", "BLEU test"),
+            for metric, label, digits in (
+                ("perplexity", "perplexity", "1%"),
+                ("bleu_valid", "BLEU valid", "2f"),
+                ("bleu_test", "BLEU test", "2f"),
             )
         )
         + ".",
@@ -256,6 +299,27 @@ def _described(architecture: Architecture) -> str:
     return f"{matrices[architecture.matrices]}, {biases[architecture.biases]}, {norms}"
 
 
+PARTS = (
+    "sizes",
+    "architectures",
+    "setting",
+    "scores",
+    "differences",
+    "margin",
+    "verdicts",
+    "seeds",
+)
+
+
+def check(page: Path, part: str | None) -> None:
+    """That the page can be written, before an hour of training: as a whole, or only this part.
+
+    Raises:
+        UserError: it cannot.
+    """
+    check_page(page, PARTS if part is None else (part,), page.parent)
+
+
 def write(summary: Summary, page: Path, image: Path | None = None) -> None:
     """Put the results into the page, between their marks, and draw the picture.
 
@@ -269,7 +333,8 @@ def write(summary: Summary, page: Path, image: Path | None = None) -> None:
             "architectures": markdown_table(ARCHITECTURE_HEADER, architecture_cells()),
             "setting": "\n".join(setting_lines(summary)),
             "scores": markdown_table(SCORES_HEADER, score_cells(summary), text=2),
-            "differences": markdown_table(DIFFERENCES_HEADER, difference_cells(summary)),
+            "differences": markdown_table(AGAINST_HEADER, against_cells(summary)),
+            "margin": f"- {margin_line()}",
             "verdicts": "\n".join(f"- {line}" for line in verdict_lines(summary)),
             "seeds": seed_table(summary),
         },
@@ -288,48 +353,45 @@ def write_trainings(summary: Summary, page: Path, part: str) -> None:
 
 
 def draw(summary: Summary, image: Path) -> None:
-    """The rows' differences from the base, here and in the paper."""
+    """The rows against the base, here and in the paper."""
     panels = [
         panel
         for metric, label in (("perplexity", "perplexity, base = 1"), ("bleu_valid", "BLEU"))
         for panel in [_panel(summary, metric, label)]
     ]
-    write_charts(image, panels, title="Table 3: rows against the base")
+    write_charts(image, panels, title="Table 3: rows against the base", legend="below")
 
 
 def _panel(summary: Summary, metric: str, label: str) -> Panel:
-    rows = [row for row in summary["rows"] if row[metric]["difference"] is not None]
-    base = next((row for row in summary["rows"] if row["row"] == BASE), None)
-    is_ratio = metric == "perplexity"
-    own_base = base[metric]["mean"] if base is not None else math.nan
-    paper_base = float(getattr(ROWS[BASE], _PAPER[metric]))
+    rows = [row for row in summary["rows"] if row[metric]["against_base"] is not None]
+    found = [row[metric]["against_base"] for row in rows]
+    # Where nothing is known of seeds, a point without an interval.
+    bounds = [each["both"] or [each["mean"]] * 2 for each in found]
     places = list(range(len(rows)))
-
-    def shown(difference: float, of: float) -> float:
-        return 1 + difference / of if is_ratio else difference
-
-    means = [row[metric]["difference"]["mean"] for row in rows]
-    widths = [half_width(row[metric]["difference"]) or 0.0 for row in rows]
     ours = Series(
-        "here, 95 % interval",
+        f"here, 95 % interval ({_ONE_SEED} one seed)",
         places,
-        [shown(mean, own_base) for mean in means],
-        low=[shown(mean - width, own_base) for mean, width in zip(means, widths, strict=True)],
-        high=[shown(mean + width, own_base) for mean, width in zip(means, widths, strict=True)],
+        [each["mean"] for each in found],
+        low=[low for low, _ in bounds],
+        high=[high for _, high in bounds],
         style="points",
     )
     paper = Series(
         "paper",
         [place + 0.25 for place in places],
-        [shown(paper_difference(ROWS[row["row"]], metric), paper_base) for row in rows],
+        [against_base(ROWS[row["row"]], metric) for row in rows],
         style="points",
     )
+    is_ratio = metric == "perplexity"
     return Panel(
         f"{'Perplexity' if is_ratio else 'BLEU'} (validation)",
         "",
-        f"{label}" if is_ratio else "BLEU minus the base's",
+        label if is_ratio else "BLEU minus the base's",
         [ours, paper],
-        x_ticks={float(place): row["row"] for place, row in enumerate(rows)},
+        x_ticks={
+            float(place): row["row"] + (f" {_ONE_SEED}" if _rests_on_others(row) else "")
+            for place, row in enumerate(rows)
+        },
     )
 
 
@@ -337,6 +399,15 @@ def text(summary: Summary) -> tuple[Sequence[Sequence[str]], Sequence[Sequence[s
     """For a terminal: the two tables with their headers, and the lines below."""
     return (
         [SCORES_HEADER, *score_cells(summary)],
-        [DIFFERENCES_HEADER, *difference_cells(summary)],
-        verdict_lines(summary),
+        [AGAINST_HEADER, *against_cells(summary)],
+        _notes(summary),
     )
+
+
+def _notes(summary: Summary) -> list[str]:
+    notes = [*verdict_lines(summary), margin_line()]
+    if any(_rests_on_others(row) for row in summary["rows"]):
+        notes.append(
+            f"{_ONE_SEED} one seed: what seeds do is taken from the rows with several, pooled"
+        )
+    return notes

@@ -1,11 +1,14 @@
-"""What the trials of Table 3 come to: scores, how sure they are, differences from the base."""
+"""What the trials of Table 3 come to: scores, how sure they are, each row against the base.
+
+BLEU is averaged and compared as it is, perplexity by its logarithm (nats a piece): means are
+geometric and rows stand to the base by ratio, since seeds move a large perplexity by more than a
+small one. All is given back as perplexities and ratios of them.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,6 @@ from trainer.paper.table3_statistics import (
     resamples,
 )
 from trainer.paper.table3_trial import Trial
-from trainer.storage import write_atomically
 
 Trials = Mapping[tuple[str, int], Trial]
 
@@ -97,36 +99,64 @@ def summarise(trials: Trials, base: RunConfig) -> dict[str, Any]:
 
 
 def _metric(metric: str, by_row: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
-    """Each row by one metric, and the noise of seeds."""
+    """Each row by one metric, and the noise of seeds (of perplexity: of its logarithm)."""
     scores = {name: [score(trial, metric) for trial in found] for name, found in by_row.items()}
-    noise = SeedNoise.of(scores)
+    scaled_scores = {name: list(_scale(metric, np.array(each))) for name, each in scores.items()}
+    means = {name: float(np.mean(each)) for name, each in scaled_scores.items()}
+    noise = SeedNoise.of(scaled_scores)
     samples = {name: _samples(metric, found) for name, found in by_row.items()}
     rows = {}
-    for name in by_row:
-        mean = float(np.mean(scores[name]))
-        low, high = interval(samples[name])
-        rows[name] = {
-            "mean": mean,
-            "sentences": [low, high],
-            "seeds": _number(noise.half_width(len(scores[name]))),
-            "range": [min(scores[name]), max(scores[name])],
-            "difference": None,
-        }
+    for name, each in scores.items():
+        own = _estimate(metric, means[name], samples[name], noise.half_width(len(each)))
+        against = None
         if BASE in by_row and name != BASE:
-            low, high = interval(samples[name] - samples[BASE])
-            rows[name]["difference"] = {
-                "mean": mean - float(np.mean(scores[BASE])),
-                "sentences": [low, high],
-                "seeds": _number(noise.half_width(len(scores[name]), len(scores[BASE]))),
-            }
+            against = _estimate(
+                metric,
+                means[name] - means[BASE],
+                samples[name] - samples[BASE],
+                noise.half_width(len(each), len(scores[BASE])),
+            )
+        rows[name] = {**own, "range": [min(each), max(each)], "against_base": against}
     return {
         "rows": rows,
         "noise": {"deviation": _number(noise.deviation), "freedom": noise.freedom},
     }
 
 
+def _estimate(metric: str, mean: float, samples: Floats, seeds: float) -> dict[str, Any]:
+    """A mean with its 95 % intervals: over sentences, over seeds, over both; given back unscaled.
+
+    Args:
+        mean, samples: on the scale of the metric; resamples [R].
+        seeds: half of the interval over seeds, NaN if unknown.
+    """
+    low, high = interval(samples)
+    both = math.hypot(seeds, (high - low) / 2)
+
+    def around(half: float) -> list[float] | None:
+        return _unscale(metric, mean - half, mean + half) if math.isfinite(half) else None
+
+    return {
+        "mean": _unscale(metric, mean)[0],
+        "sentences": _unscale(metric, low, high),
+        "seeds": around(seeds),
+        "both": around(both),
+    }
+
+
+def _scale(metric: str, values: Floats) -> Floats:
+    return np.log(values) if metric == "perplexity" else values
+
+
+def _unscale(metric: str, *values: float) -> list[float]:
+    return [math.exp(value) if metric == "perplexity" else value for value in values]
+
+
 def _samples(metric: str, trials: Sequence[Trial]) -> Floats:
-    """Of each resample the mean over the seeds, [R]; the resamples are the same for all rows."""
+    """Of each resample the mean over the seeds, on the scale of the metric, [R].
+
+    The resamples are the same for all rows.
+    """
     if metric == "perplexity":
         drawn = resamples(len(trials[0].nll))
         each = [perplexity_samples(trial.nll, trial.pieces, drawn) for trial in trials]
@@ -134,7 +164,7 @@ def _samples(metric: str, trials: Sequence[Trial]) -> Floats:
         test_set = metric.removeprefix("bleu_")
         drawn = resamples(len(trials[0].counts[test_set]))
         each = [bleu_samples(trial.counts[test_set], drawn) for trial in trials]
-    return np.asarray(np.mean(each, axis=0))
+    return np.asarray(np.mean([_scale(metric, values) for values in each], axis=0))
 
 
 def _number(value: float) -> float | None:
@@ -160,28 +190,3 @@ def _portable(base: RunConfig) -> dict[str, Any]:
     for name in ("root", "dir", "mirror", "cache_dir"):
         del values["data"][name]
     return values
-
-
-def read(file: Path) -> dict[str, Any]:
-    """What ``write`` wrote.
-
-    Raises:
-        UserError: the file is missing, or holds something else.
-    """
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"no such result: {file}: babelray table3 --output {file} writes it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"the result cannot be read: {file}: {error}") from None
-    if not isinstance(summary, dict) or not {"rows", "seed_noise", "config"} <= summary.keys():
-        raise UserError(f"{file} holds no result of babelray table3: give one that --output wrote")
-    return summary
-
-
-def write(summary: Mapping[str, Any], file: Path) -> None:
-    """The summary as JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
