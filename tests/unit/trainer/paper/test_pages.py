@@ -24,7 +24,11 @@ def test_only_the_part_is_replaced_however_often(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("no marks", "no part 'a'"), ("<!-- a: begin -->\nx", "no part 'a'"), (None, "cannot be read")],
+    [
+        ("no marks", "no part 'a'"),
+        ("<!-- a: begin -->\nx", "no part 'a'"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_page_without_the_part_stays_as_it_is(
     tmp_path: Path, text: str | None, words: str
