@@ -44,6 +44,7 @@ from trainer.paper.pages import markdown_table, write_parts
 from trainer.run import open_checkpoints, read_config, read_events
 
 CONFIG = ROOT / "configs" / "multi30k.yaml"
+WORKERS = 2
 PAGE = ROOT / "docs" / "paper" / "kinds.md"
 PLOT = ROOT / "docs" / "images" / "paper" / "kinds.svg"
 
@@ -132,7 +133,7 @@ class Experiment:
         for setting in self.of(kind):
             arguments += ["--set", setting]
         self.babelray(
-            "train", "--config", str(CONFIG), "--name", kind, "--workers", "2",
+            "train", "--config", str(CONFIG), "--name", kind, "--workers", str(WORKERS),
             "--runs", str(self.folder / "runs"), *arguments,
         )  # fmt: skip
 
@@ -173,7 +174,7 @@ class Experiment:
             "chrf": best["chrf"],
             "signature": best["signature"],
             "sentences_per_second": best["sentences_per_second"],
-            "comparison": best["comparison"] if compare else None,
+            "comparison": best["comparison"]["rows"] if compare else None,
         }  # fmt: skip
 
     def speed(self, rounds: int, seconds: float) -> dict[str, Any]:
@@ -244,28 +245,25 @@ def table(result: dict[str, Any]) -> str:
                 f"{kind['tokens'] / 1e6:.1f} M",
                 f"{rate:,.0f}",
                 f"{ratio:.2f}",
+                f"{kind['tokens'] / kind['training_s'] / (WORKERS * rate):.2f}",
                 f"{min(point['nll'] for point in kind['validation']):.3f}",
                 f"{kind['bleu']:.2f}",
                 f"{kind['chrf']:.2f}",
-                _difference(kind["comparison"], kind["kind"]),
+                _difference(kind["comparison"]),
             )
         )
     return markdown_table(
         ("kind", "parameters", "steps", "tokens trained", "tokens per CPU-second",
-         "of the Transformer's",
+         "of the Transformer's", "share of the cores",
          "validation nll", "BLEU", "chrF", "BLEU against the Transformer"),
         rows,
     )  # fmt: skip
 
 
-def _difference(comparison: dict[str, Any] | None, kind: str) -> str:
-    if comparison is None:
+def _difference(rows: list[dict[str, Any]] | None) -> str:
+    if rows is None:
         return ""
-    [row] = [
-        row
-        for row in comparison["rows"]
-        if row["metric"] == "bleu" and row["difference"] is not None
-    ]
+    [row] = [row for row in rows if row["metric"] == "bleu" and row["difference"] is not None]
     return f"{-row['difference']:+.2f} (p {row['p_bootstrap']:.3f})"
 
 
