@@ -204,11 +204,11 @@ bench: setup ## Measure speed against alternatives (an hour); writes benchmarks/
 PAPER = --output benchmarks/results/$1.json --page docs/paper/$1.md
 
 .PHONY: attention-bench
-attention-bench: setup ## Attentions beside each other, and why dot products are scaled (two minutes)
-	@$(BABELRAY) attention-bench $(NAME) $(call PAPER,attention)
+attention-bench: setup ## Attentions beside each other, and why dot products are scaled (a minute)
+	@$(BABELRAY) attention-bench $(NAME) --runs $(RUNS) $(call PAPER,attention)
 
 .PHONY: table1
-table1: setup ## The paper's Table 1, counted and measured (four minutes)
+table1: setup ## The paper's Table 1, counted and measured (two minutes)
 	@$(BABELRAY) table1 $(call PAPER,table1)
 
 .PHONY: table2

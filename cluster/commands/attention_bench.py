@@ -55,7 +55,7 @@ def attention_bench(
     """What attentions cost, and why dot products are scaled: time, memory and numerical range of
     every score and implementation by length and width; of a trained RUN, too, if one is given.
 
-    Takes about two minutes of one core. See docs/paper/attention.md.
+    Takes about a minute of one core. See docs/paper/attention.md.
 
     \b
     Examples:
