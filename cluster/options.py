@@ -67,6 +67,29 @@ json_option = click.option(
 )
 
 
+# Of commands that reckon or measure one of the paper's tables.
+output_option = click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the numbers there, as JSON.",
+)
+input_option = click.option(
+    "--input",
+    "given",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Take the numbers from such a file instead of making them.",
+)
+page_option = click.option(
+    "--page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the tables into this page in docs/paper, and plots into images/paper beside "
+    "the page's folder.",
+)
+
+
 def _check_nodes(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """A number of machines, or bounds: kept as text."""
     if value is not None:

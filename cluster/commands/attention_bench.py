@@ -6,38 +6,30 @@ from pathlib import Path
 
 import click
 
-from cluster.options import checkpoint_option, json_option, print_json, runs_option, say
+from cluster.options import (
+    checkpoint_option,
+    input_option,
+    json_option,
+    output_option,
+    page_option,
+    print_json,
+    runs_option,
+    say,
+)
 
 
 @click.command("attention-bench")
 @click.argument("run", required=False)
 @click.option("--quick", is_flag=True, help="Small sizes only, to see that it works.")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the numbers there, as JSON.",
-)
-@click.option(
-    "--input",
-    "given",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Take the numbers from such a file instead of measuring.",
-)
+@output_option
+@input_option
 @click.option(
     "--plots",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Write attention-speed.svg and attention-scale.svg there.",
 )
-@click.option(
-    "--page",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the tables into this page, such as docs/paper/attention.md, and the plots into "
-    "images/paper beside the page's folder.",
-)
+@page_option
 @checkpoint_option
 @runs_option
 @json_option

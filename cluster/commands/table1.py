@@ -6,31 +6,21 @@ from pathlib import Path
 
 import click
 
-from cluster.options import json_option, print_json, say
+from cluster.options import (
+    input_option,
+    json_option,
+    output_option,
+    page_option,
+    print_json,
+    say,
+)
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Small sizes only, to see that it works.")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the numbers there, as JSON.",
-)
-@click.option(
-    "--input",
-    "given",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Take the numbers from such a file instead of measuring.",
-)
-@click.option(
-    "--page",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the tables into this page, such as docs/paper/table1.md, and the plots into "
-    "images/paper beside the page's folder.",
-)
+@output_option
+@input_option
+@page_option
 @json_option
 def table1(
     quick: bool, output: Path | None, given: Path | None, page: Path | None, as_json: bool

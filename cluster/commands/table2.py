@@ -6,32 +6,24 @@ from pathlib import Path
 
 import click
 
-from cluster.options import json_option, print_json, runs_option, say
+from cluster.options import (
+    input_option,
+    json_option,
+    output_option,
+    page_option,
+    print_json,
+    runs_option,
+    say,
+)
 from data_shards.errors import UserError
 
 
 @click.command()
 @click.argument("run_names", metavar="[RUN]...", nargs=-1)
 @runs_option
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the numbers there, as JSON.",
-)
-@click.option(
-    "--input",
-    "given",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Take the numbers from such a file instead of from runs.",
-)
-@click.option(
-    "--page",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write the tables into this page, such as docs/paper/table2.md.",
-)
+@output_option
+@input_option
+@page_option
 @json_option
 def table2(
     run_names: tuple[str, ...],
