@@ -114,7 +114,7 @@ class Experiment:
         if "transformer" not in self.kinds:
             raise SystemExit("--kinds: the others are compared with the Transformer: name it, too")
         for kind in self.kinds:
-            run_dir = self.folder / "runs" / kind
+            run_dir = self.folder / kind
             if (run_dir / "config.json").is_file():
                 wanted = load_config(CONFIG, self.of(kind))
                 if read_config(run_dir).model_dump() != wanted.model_dump():
@@ -125,7 +125,7 @@ class Experiment:
 
     def train(self, kind: str) -> None:
         """Train a kind, or go on with it."""
-        run_dir = self.folder / "runs" / kind
+        run_dir = self.folder / kind
         ends = [event for event in read_events(run_dir) if event["event"] == "finished"]
         if ends and ends[-1]["reason"] != "stopped":
             return
@@ -134,13 +134,13 @@ class Experiment:
             arguments += ["--set", setting]
         self.babelray(
             "train", "--config", str(CONFIG), "--name", kind, "--workers", str(WORKERS),
-            "--runs", str(self.folder / "runs"), *arguments,
+            "--runs", str(self.folder), *arguments,
         )  # fmt: skip
 
     def evaluate(self, kind: str) -> dict[str, Any]:
         """Scores of every checkpoint, and what the training was."""
-        run_dir = self.folder / "runs" / kind
-        runs = ["--runs", str(self.folder / "runs")]
+        run_dir = self.folder / kind
+        runs = ["--runs", str(self.folder)]
         steps = open_checkpoints(run_dir).committed()
         self.babelray("evaluate", kind, "--checkpoint", ",".join(map(str, steps)), *runs)
         compare = ["--compare", "transformer"] if kind != "transformer" else []
