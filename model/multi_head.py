@@ -103,7 +103,11 @@ class MultiHeadAttention(nn.Module):
         else:
             query = self._query_heads(query_BTC)
             key, value = split_heads(packed_BSC, self.num_heads, widths)
-        result_BHTV = self.score(
+        # As a module only where it has parameters. Else it would be called or not by the length of
+        # a batch, and ZeRO 3, which gathers in the order in which modules are called, would have
+        # ranks with different batches wait for each other for ever.
+        attend = self.score if scale is None else self.score.forward
+        result_BHTV = attend(
             query,
             key,
             value,
