@@ -1,4 +1,4 @@
-"""Modules are called in one order whatever the batch: ZeRO 3 gathers in that order, on all ranks."""
+"""Modules are called in one order whatever the batch: ZeRO 3 gathers in it, on all ranks."""
 
 from __future__ import annotations
 
