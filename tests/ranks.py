@@ -30,7 +30,8 @@ class Job:
 def run_ranks(world_size: int, jobs: list[Job]) -> list[str]:
     """Run the jobs one after the other in one group; rank 0's results, or the type of its error.
 
-    An error ends its job on all ranks (the test makes it one that all ranks meet).
+    An error ends its job on all ranks (the test makes it one that all ranks meet). A crash of any
+    rank, or its death, fails the test with what every rank had to say.
     """
     context = multiprocessing.get_context("forkserver")
     # The imports cost seconds a process: they are paid once, in the server that forks the ranks.
@@ -43,18 +44,33 @@ def run_ranks(world_size: int, jobs: list[Job]) -> list[str]:
     ]
     for process in ranks:
         process.start()
+    outcomes: list[str] = []
+    crashes: list[str] = []
     try:
-        outcomes = [results.get(timeout=TIMEOUT_S) for _ in jobs]
+        while len(outcomes) < len(jobs) and not crashes:
+            _sort(results.get(timeout=TIMEOUT_S), outcomes, crashes)
     except queue.Empty:
-        raise AssertionError(f"the ranks said nothing for {TIMEOUT_S} s") from None
+        crashes.append(f"the ranks said nothing for {TIMEOUT_S} s")
     finally:
         for process in ranks:
             process.join(timeout=20)
             if process.is_alive():
                 process.kill()
-    for outcome in outcomes:
-        assert not outcome.startswith("crash:"), outcome
+                process.join()
+    while not results.empty():
+        _sort(results.get(), outcomes, crashes)
+    codes = {rank: process.exitcode for rank, process in enumerate(ranks)}
+    crashes += [f"rank {rank} ended with status {code}" for rank, code in codes.items() if code]
+    assert not crashes, "\n".join(crashes)
     return outcomes
+
+
+def _sort(said: tuple[int, str], outcomes: list[str], crashes: list[str]) -> None:
+    rank, outcome = said
+    if outcome.startswith("crash:"):
+        crashes.append(f"rank {rank}: {outcome}")
+    elif rank == 0:
+        outcomes.append(outcome)
 
 
 def _rank(rank: int, world_size: int, port: int, jobs: list[Job], results: Any) -> None:
@@ -82,8 +98,7 @@ def _rank(rank: int, world_size: int, port: int, jobs: list[Job], results: Any) 
             outcome = f"{type(error).__name__}: {error}"
         except Exception:
             outcome = "crash: " + traceback.format_exc()
-        if rank == 0:
-            results.put(outcome)
+        results.put((rank, outcome))
         if outcome.startswith("crash:"):
             return
     torch.distributed.destroy_process_group()
