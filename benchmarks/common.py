@@ -15,9 +15,8 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(ROOT))
 
+from meter import Meter, Turn  # noqa: E402
+
 from cluster import session  # noqa: E402
 from data_shards.config import DataConfig  # noqa: E402
+
+__all__ = ["Meter", "Turn"]  # passed on to the benchmarks
 
 ALLOCATOR = {
     name: value for name, value in session._ENVIRONMENT.items() if name.startswith("MALLOC_")
@@ -101,21 +104,6 @@ def _commit() -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a contestant did in one turn; ``cpu_s`` is user and system time of all threads."""
-
-    tokens: int
-    steps: int
-    cpu_s: float
-    wall_s: float
-
-    @property
-    def tokens_per_cpu_s(self) -> float:
-        """The rate that is compared."""
-        return self.tokens / self.cpu_s
-
-
 class Contestant(Protocol):
     """Something that trains when told to, and stands still otherwise."""
 
@@ -133,21 +121,30 @@ class Worker:
 
     The script is called with ``--worker KIND RUN_DIR`` and one thread; it uses a ``Meter``.
     ``like_ours`` gives it the allocator's settings that ``babelray train`` gives its workers.
+    A ``command`` is run in place of the script, without this project on its path.
     """
 
-    def __init__(self, name: str, kind: str, run_dir: Path, *, like_ours: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        run_dir: Path,
+        *,
+        like_ours: bool,
+        command: Sequence[str] | None = None,
+    ) -> None:
         self.name = name
         environment = {
             **os.environ,
             **(ALLOCATOR if like_ours else {}),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(ROOT) if command is None else str(Path(__file__).parent),
         }
         self._log = run_dir / "stderr.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, sys.argv[0], "--worker", kind, str(run_dir)],
+                command or [sys.executable, sys.argv[0], "--worker", kind, str(run_dir)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -176,43 +173,6 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=20)
-
-
-class Meter:
-    """The process' side: counts steps, and waits between turns inside ``stepped``.
-
-    Standard output carries the answers; what else is printed goes to standard error.
-    """
-
-    def __init__(self) -> None:
-        self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-
-    def start(self) -> None:
-        """Set-up is over; returns when the first turn begins."""
-        self._cpu_s = time.process_time()
-        self._answer({})
-
-    def stepped(self, tokens: int) -> None:
-        """A step is over; ends the turn, and waits for the next, if the turn's time is up."""
-        self._tokens += tokens
-        self._steps += 1
-        cpu_s = time.process_time()
-        # Counted from the end of the last turn: what a prefetching thread did since is work too.
-        if cpu_s - self._cpu_s < self._seconds:
-            return
-        wall_s = time.perf_counter() - self._began
-        turn = Turn(self._tokens, self._steps, cpu_s - self._cpu_s, wall_s)
-        self._cpu_s = cpu_s
-        self._answer(asdict(turn))
-
-    def _answer(self, content: dict[str, Any]) -> None:
-        print(json.dumps(content), file=self._answers, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)
-        self._seconds, self._tokens, self._steps = float(line), 0, 0
-        self._began = time.perf_counter()
 
 
 def take_turns(
@@ -260,6 +220,35 @@ def ratios(turns: Sequence[Turn], others: Sequence[Turn]) -> Spread:
     """How many times as fast as ``others``, round by round."""
     pairs = zip(turns, others, strict=True)
     return Spread.of([one.tokens_per_cpu_s / other.tokens_per_cpu_s for one, other in pairs])
+
+
+def row(
+    what: str,
+    value: Spread | float,
+    unit: str,
+    *,
+    ratio: Spread | float | None = None,
+    against: str | None = None,
+    goal: float | None = None,
+    higher_is_better: bool = True,
+) -> dict[str, object]:
+    """A line of the table that ``bench.py`` prints, for the ``summary`` of a result.
+
+    ``what`` names it within its benchmark, the same in every run, so that two runs can be compared.
+    ``ratio`` is taken in the same run to what ``against`` names. ``goal`` and ``higher_is_better``
+    speak of the ratio if there is one, else of the value.
+    """
+    return {
+        "what": what,
+        "value": value.median if isinstance(value, Spread) else value,
+        "spread": [value.lowest, value.highest] if isinstance(value, Spread) else None,
+        "unit": unit,
+        "ratio": ratio.median if isinstance(ratio, Spread) else ratio,
+        "ratio_spread": [ratio.lowest, ratio.highest] if isinstance(ratio, Spread) else None,
+        "against": against,
+        "goal": goal,
+        "higher_is_better": higher_is_better,
+    }
 
 
 def one_rank(run_dir: Path) -> None:
