@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.decoding import DecoderState
+from model.packed import Packing
 from model.vocabulary_matrix import VocabularyMatrix
 
 
@@ -43,6 +44,7 @@ class EncoderDecoder(nn.Module):
         target_in_BT: Tensor,
         target_out_BT: Tensor | None = None,
         smoothing: float = 0.0,
+        packing: Packing | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Final decoder states [B, T, D]; or, given the references, the loss.
 
@@ -54,15 +56,20 @@ class EncoderDecoder(nn.Module):
             target_in_BT: decoder input: BOS and the target, padded on the right.
             target_out_BT: the references: the target and EOS, padded on the right.
             smoothing: label smoothing of the loss.
+            packing: where sequences that are laid end to end begin; ids and states then have one
+                dimension fewer.
 
         Returns:
             ``hidden_BTD``, or ``(loss_sum, nll_sum)``: nats summed over the targets that are not
             padding, float32 scalars; only ``loss_sum`` has gradients.
         """
-        hidden_BTD = self.states(source_BS, target_in_BT)
+        if packing is None:
+            hidden_BTD = self.states(source_BS, target_in_BT)
+        else:
+            hidden_BTD = self.packed_states(source_BS, target_in_BT, packing)
         if target_out_BT is None:
             return hidden_BTD
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), target_out_BT.flatten()
+        hidden_ND, targets_N = hidden_BTD.flatten(0, -2), target_out_BT.flatten()
         if hidden_ND.device.type == "cpu":
             # On other devices counting the rows would make the host wait; the loss skips them.
             rows_N = targets_N.nonzero()[:, 0]
@@ -76,9 +83,12 @@ class EncoderDecoder(nn.Module):
         """``(loss_sum, nll_sum)``; see ``forward``."""
         return self(source_BS, target_in_BT, target_out_BT, smoothing)  # type: ignore[no-any-return]
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """States [..., D] to logits [..., V]."""
-        return self.matrix("softmax", hidden, "project")  # type: ignore[no-any-return]
+    def project(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """States [..., D] to logits [..., V].
+
+        ``out``, of the logits' type, takes those of states [N, D]; without gradients.
+        """
+        return self.matrix("softmax", hidden, "project", None, 0.0, out)  # type: ignore[no-any-return]
 
     @abstractmethod
     def states(self, source_BS: Tensor, target_in_BT: Tensor) -> Tensor:
@@ -86,6 +96,14 @@ class EncoderDecoder(nn.Module):
 
         A pair's do not depend on the padding or on the other pairs.
         """
+
+    def packed_states(self, source_M: Tensor, target_in_N: Tensor, packing: Packing) -> Tensor:
+        """``states`` over sequences laid end to end, [N, D].
+
+        Raises:
+            NotImplementedError: this kind has none; ``model.packed_check.why_not`` knows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} computes on padded batches")
 
     @abstractmethod
     def attention_maps(self, source_BS: Tensor, target_in_BT: Tensor) -> dict[str, Tensor]:

@@ -20,6 +20,13 @@ from model.config import ModelConfig
 from model.decoding import Places
 from model.dropout import dropout, dropout_add
 from model.multi_head import MultiHeadAttention
+from model.packed import (
+    PackedLayer,
+    Side,
+    packed_decoder_layer,
+    packed_encoder_layer,
+    packed_positions,
+)
 
 
 @lru_cache(maxsize=16)
@@ -52,13 +59,15 @@ class Positions(nn.Module):
         else:
             self.weight = None
 
-    def forward(self, embedded_BLD: Tensor, first: int = 0) -> Tensor:
+    def forward(self, embedded_BLD: Tensor, first: int = 0, side: Side | None = None) -> Tensor:
         """``embedded * sqrt(D) + position``, the first one being position ``first``.
+
+        Given a ``side``, of packed sequences ([N, D]), whose tokens' positions it has.
 
         Raises:
             ValueError: beyond the learned positions.
         """
-        end = first + embedded_BLD.size(1)
+        end = first + embedded_BLD.size(1) if side is None else side.longest
         if self.weight is None:
             # Whole powers of two, so that few tables are made.
             size = max(256, 1 << (end - 1).bit_length())
@@ -70,7 +79,11 @@ class Positions(nn.Module):
             )
         else:
             table = self.weight
-        summed_BLD = torch.add(table[first:end], embedded_BLD, alpha=self.d_model**0.5)
+        scale = self.d_model**0.5
+        if side is not None:
+            dropout_now = self.dropout if self.training else 0.0
+            return packed_positions(embedded_BLD, table, side, dropout_now, scale=scale)
+        summed_BLD = torch.add(table[first:end], embedded_BLD, alpha=scale)
         return dropout(summed_BLD, self.dropout, training=self.training)
 
 
@@ -133,9 +146,14 @@ class EncoderLayer(_Layer):
     """Self-attention, then feed-forward. Source: Vaswani et al. 2017, section 3.1."""
 
     def forward(
-        self, states_BSD: Tensor, mask: Tensor | None, record: list[Tensor] | None = None
+        self,
+        states_BSD: Tensor,
+        mask: Tensor | PackedLayer | None,
+        record: list[Tensor] | None = None,
     ) -> Tensor:
         """One layer over the source; ``mask`` hides padding, ``record`` takes the weights."""
+        if isinstance(mask, PackedLayer):
+            return packed_encoder_layer(self, states_BSD, mask)
         states_BSD = self.residual(
             states_BSD, self.attention_norm, lambda x: self.attention(x, None, mask, record=record)
         )
@@ -154,11 +172,13 @@ class DecoderLayer(_Layer):
         self,
         states_BTD: Tensor,
         memory_BSD: Tensor,
-        memory_mask: Tensor | None,
+        memory_mask: Tensor | PackedLayer | None,
         record: list[Tensor] | None = None,
         cross_record: list[Tensor] | None = None,
     ) -> Tensor:
         """One layer over the target and, through ``memory_BSD``, the source."""
+        if isinstance(memory_mask, PackedLayer):
+            return packed_decoder_layer(self, states_BTD, memory_BSD, memory_mask)
         states_BTD = self.residual(
             states_BTD,
             self.attention_norm,

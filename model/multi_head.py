@@ -13,6 +13,7 @@ from model.attention import ScoreName, make_score, use_explicit
 from model.attention_kernels import explicit_packed, join_heads, split_heads
 from model.decoding import Places
 from model.masks import self_mask
+from model.packed import Segments, packed_attention
 
 
 class MultiHeadAttention(nn.Module):
@@ -68,7 +69,7 @@ class MultiHeadAttention(nn.Module):
         self,
         inputs_BTD: Tensor,
         memory_BSD: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Segments | None = None,
         *,
         causal: bool = False,
         record: list[Tensor] | None = None,
@@ -78,10 +79,13 @@ class MultiHeadAttention(nn.Module):
         Args:
             inputs_BTD: the queries' side.
             memory_BSD: the keys' side; None for self-attention.
-            mask: additive float32 mask, broadcastable to [B, H, T, S], or None.
+            mask: additive float32 mask, broadcastable to [B, H, T, S], or None; or, of packed
+                sequences ([N, D] instead of [B, T, D]), where they begin.
             causal: hide later positions (self-attention, with no ``mask``).
             record: a list to which the weights [B, H, T, S] are appended; slower.
         """
+        if isinstance(mask, Segments):
+            return packed_attention(self, inputs_BTD, memory_BSD, mask, causal=causal)
         if memory_BSD is None:
             query_BTC, packed_BSC = None, self.query_key_value(inputs_BTD)
         else:

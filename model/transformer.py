@@ -16,10 +16,17 @@ from model.decoding import AttentionState
 from model.encoder_decoder import EncoderDecoder
 from model.layers import DecoderLayer, EncoderLayer, Positions
 from model.loss import PAD_ID
+from model.packed import Packing, call_layer, packed_states
 
 
 class Transformer(EncoderDecoder):
-    """Encoder and decoder of self-attention and feed-forward layers."""
+    """Encoder and decoder of self-attention and feed-forward layers.
+
+    Attributes:
+        call_layer: how a layer is called over packed sequences; may be a compiled version.
+    """
+
+    call_layer = staticmethod(call_layer)
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
@@ -36,6 +43,10 @@ class Transformer(EncoderDecoder):
         """Final decoder states [B, T, D]."""
         memory_BSD, mask = self._encode(source_BS)
         return self._decode(target_in_BT, memory_BSD, mask)
+
+    def packed_states(self, source_M: Tensor, target_in_N: Tensor, packing: Packing) -> Tensor:
+        """See ``EncoderDecoder``."""
+        return packed_states(self, source_M, target_in_N, packing)
 
     def encode(self, source_BS: Tensor) -> Tensor:
         """The encoder's final states [B, S, D]."""
