@@ -83,12 +83,9 @@ class EncoderDecoder(nn.Module):
         """``(loss_sum, nll_sum)``; see ``forward``."""
         return self(source_BS, target_in_BT, target_out_BT, smoothing)  # type: ignore[no-any-return]
 
-    def project(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """States [..., D] to logits [..., V].
-
-        ``out``, of the logits' type, takes those of states [N, D]; without gradients.
-        """
-        return self.matrix("softmax", hidden, "project", None, 0.0, out)  # type: ignore[no-any-return]
+    def project(self, hidden: Tensor) -> Tensor:
+        """States [..., D] to logits [..., V]."""
+        return self.matrix("softmax", hidden, "project")  # type: ignore[no-any-return]
 
     @abstractmethod
     def states(self, source_BS: Tensor, target_in_BT: Tensor) -> Tensor:
