@@ -360,3 +360,18 @@ def test_the_fused_kernel_is_pytorchs() -> None:
     heads = _heads(2, 7, 7)
     expected = functional.scaled_dot_product_attention(*heads, is_causal=True)
     assert torch.equal(_score("scaled_dot")(*heads, causal=True, how="fused"), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_too_large_for_float32_change_no_other_sentence(masked: bool) -> None:
+    # Their exponentials would leave float32's range without the largest one taken away.
+    score = _score("scaled_dot")
+    query, key, value = (part.clone() for part in _heads(3, 5, 5))
+    mask = padding_mask(torch.arange(5) < torch.tensor([[5], [3], [4]])) if masked else None
+    alone = score(query, key, value, mask, how="explicit")
+    for factor in (1e3, -1e3):
+        query[1] = factor * key[1]
+        together = score(query, key, value, mask, how="explicit")
+        assert torch.equal(together[::2], alone[::2])
+        expected = score(query, key, value, mask, how="reference")
+        torch.testing.assert_close(together, expected)
