@@ -7,6 +7,8 @@ Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +28,9 @@ class Transformer(EncoderDecoder):
         call_layer: how a layer is called over packed sequences; may be a compiled version.
     """
 
-    call_layer = staticmethod(call_layer)
-
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
+        self.call_layer: Callable[..., Tensor] = call_layer
         self.source_positions = Positions(config)
         self.target_positions = Positions(config)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))

@@ -22,6 +22,7 @@ class VocabularyMatrix(nn.Module):
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
+        self.projection_loss = fused_projection_loss  # may be replaced by one that is equal
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
         nn.init.normal_(self.weight, std=d_model**-0.5)
 
@@ -46,4 +47,4 @@ class VocabularyMatrix(nn.Module):
         if operation == "project":
             return functional.linear(inputs, self.weight)
         assert targets_N is not None, "operation 'loss' needs targets"
-        return fused_projection_loss(inputs, self.weight, targets_N, smoothing)
+        return self.projection_loss(inputs, self.weight, targets_N, smoothing)

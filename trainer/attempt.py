@@ -109,6 +109,7 @@ def _train_first(
             peak_source=this.rates.source,
             sustained_flops=this.rates.sustained,
             device=str(this.device),
+            device_step=this.how.described(),
             machine=describe(this.device),
             versions=packages,
             torch=torch.__version__,

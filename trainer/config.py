@@ -51,6 +51,30 @@ class TrainerConfig(BaseModel):
     # The step.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shares out over ranks")
+    gradient_dtype: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="what gradients are rounded to while ranks sum them (bf16 halves what fp32 "
+        "sends); by default the precision",
+    )
+    batches: Literal["auto", "padded", "packed"] = Field(
+        "auto",
+        description="packed: sequences end to end, nothing is computed on padding (a GPU, bf16 or "
+        "fp16); auto: that where it is possible, else padded",
+    )
+    tokens_per_pass: int = Field(
+        25_000,
+        ge=1,
+        description="packed: source (and target) tokens whose lanes are computed together at most",
+    )
+    compile: bool = Field(
+        False, description="packed: compile the layers (needs a C compiler); else as they are"
+    )
+    loss: Literal["own", "liger"] = Field(
+        "own", description="liger: Liger's kernels on a GPU (pip install 'babelray[liger]')"
+    )
+    tf32: bool = Field(
+        True, description="on a GPU float32 products may round their factors to 10 bits"
+    )
     peak_learning_rate: float | None = Field(
         None,
         gt=0,

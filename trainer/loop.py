@@ -18,6 +18,7 @@ from data_shards.plan import lanes_of_rank
 from data_shards.stream import StepBatches, Stream
 from trainer.config import STOP_FILE
 from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE, Handover
+from trainer.device_batches import DeviceStep
 from trainer.energy import EnergyMeter
 from trainer.guard import Guard, Reason
 from trainer.interruption import Interruption
@@ -144,13 +145,13 @@ class Loop:
         reason = lap = None
         requests: frozenset[str] = frozenset()
         self.phases.restart()
-        with stream, closing(self._profiler()) as profiler:
+        with stream, self.rank.steps(stream) as steps, closing(self._profiler()) as profiler:
             while reason is None:
                 self.rank.watchdog.beat()
                 profiler.step_begins(state.step, PROFILE_FILE in requests, self.phases)
                 self.rank.phase = "waiting for data"
                 with self.phases("data_wait"):
-                    batches = next(stream)
+                    batches = next(steps)
                 totals = self._accumulate(batches, clock_offset_s, lap)
                 self.saving.hear(*totals.saving)
                 self._update(totals, batches.step, lap)
@@ -188,7 +189,7 @@ class Loop:
         )
 
     def _accumulate(
-        self, batches: StepBatches, clock_offset_s: float, lap: Seconds | None
+        self, batches: StepBatches | DeviceStep, clock_offset_s: float, lap: Seconds | None
     ) -> StepTotals:
         """Forward and backward over this rank's lanes, then one reduction of what all must know.
 
@@ -200,24 +201,28 @@ class Loop:
         loss_sum = torch.zeros((), device=self.rank.device)
         nll_sum = torch.zeros((), device=self.rank.device)
         bad_lanes = torch.zeros(self.config.data.lanes, device=self.rank.device)
-        data_hash = 0
+        passes = self.rank.passes(batches)
+        idle_passes = self._idle_passes(batches)
+        passes_left = len(passes) + idle_passes
         self.rank.phase = "computing"
-        for batch in batches.batches:
-            # Dropout depends on the lane, not on who computes it: the same masks at any size.
-            torch.manual_seed(_dropout_seed(config.seed, batches.step, batch.lane))
+        for one in passes:
+            passes_left -= 1
+            seeds = [_dropout_seed(config.seed, batches.step, lane) for lane in one.lanes]
             with phases("forward"):
-                loss, nll = self.rank.loss(batch.source_BS, batch.target_in_BT, batch.target_out_BT)
+                loss, nll = self.rank.pass_loss(one, seeds)
             with phases("backward"):
-                self.engine.backward(loss, target_tokens=target_tokens)
+                self.engine.backward(loss, target_tokens=target_tokens, last=not passes_left)
             loss_sum += loss.detach()
             nll_sum += nll.detach()
-            bad_lanes[batch.lane] = (~torch.isfinite(loss.detach())).float()
-            data_hash += batch.data_hash
-        for _ in range(self._idle_passes(batches)):
+            for lane in one.lanes:  # of several, nobody knows which one it was
+                bad_lanes[lane] = (~torch.isfinite(loss.detach())).float()
+        data_hash = sum(batch.data_hash for batch in batches.batches)
+        for _ in range(idle_passes):
+            passes_left -= 1
             with phases("forward"):
                 loss, _ = self.rank.loss(*empty_batch())
             with phases("backward"):
-                self.engine.backward(loss * 0.0, target_tokens=target_tokens)
+                self.engine.backward(loss * 0.0, target_tokens=target_tokens, last=not passes_left)
         # The hash goes in two halves: sums of 32-bit integers are exact in float64.
         halves = (data_hash & _MASK64) >> 32, data_hash & 0xFFFFFFFF
         clock_s = time.monotonic() + clock_offset_s if self.rank.is_first else 0.0
@@ -227,7 +232,12 @@ class Loop:
         numbers = torch.tensor(
             [
                 *(0.0, 0.0, *halves, clock_s, *requests, *self.saving.flags()),
-                *self.measures.pack(batches.step, batches.batches, lap),
+                *self.measures.pack(
+                    batches.step,
+                    batches.batches,
+                    lap,
+                    computed_tokens=sum(one.computed_tokens for one in passes),
+                ),
             ],
             dtype=torch.float64,
             device=self.rank.device,
@@ -253,17 +263,18 @@ class Loop:
             measured=self.measures.unpack(measured),
         )
 
-    def _idle_passes(self, batches: StepBatches) -> int:
+    def _idle_passes(self, batches: StepBatches | DeviceStep) -> int:
         """Passes over nothing that keep the ranks' collectives in step.
 
         ZeRO 2 and 3 communicate in every backward pass, so all ranks must make equally many. Below
         that it is enough that each rank makes one, so that it has gradients to reduce.
         """
-        mine = len(batches.batches)
+        num_passes = self.rank.how.packer.num_passes
+        mine = num_passes(len(batches.batches))
         if self.config.trainer.zero_stage < 2:
             return 0 if mine else 1
         most = max(
-            sum(self.plan.has_batch(batches.step, lane) for lane in lanes)
+            num_passes(sum(self.plan.has_batch(batches.step, lane) for lane in lanes))
             for lanes in (
                 lanes_of_rank(rank, self.rank.world_size, self.config.data.lanes)
                 for rank in range(self.rank.world_size)

@@ -97,16 +97,27 @@ class Measures:
         """How many numbers ``pack`` gives."""
         return 2 + 2 * len(SOURCES) + (2 * self._world_size if self._stragglers else 0)
 
-    def pack(self, step: int, batches: Sequence[Batch], before: Seconds | None) -> list[float]:
+    def pack(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        before: Seconds | None,
+        *,
+        computed_tokens: int | None = None,
+    ) -> list[float]:
         """This rank's numbers of a step.
 
         Args:
             before: its phases of an earlier step, the newest that is known and was not told yet.
+            computed_tokens: source and target, with all that only pads; by default that of the
+                batches as they are.
         """
         joules = self._energy.read() if step % self._energy_every == 0 else {}
+        if computed_tokens is None:
+            computed_tokens = sum(b.source_BS.numel() + b.target_out_BT.numel() for b in batches)
         numbers = [
             training_flops(self._model, _work(batches), vocab_size=self._vocab_size),
-            float(sum(b.source_BS.numel() + b.target_out_BT.numel() for b in batches)),
+            float(computed_tokens),
         ]
         for source in SOURCES:
             numbers += [joules.get(source, 0.0), float(source in joules)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,9 +16,13 @@ from torch import Tensor
 from data_shards.errors import RunFailedError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
+from data_shards.stream import StepBatches, Stream
 from model.build import build
+from model.packed import with_dropout
 from trainer.checkpoint import Checkpoints, check_settings
 from trainer.config import RunConfig
+from trainer.device_batches import DeviceBatches, DeviceStep, Pass
+from trainer.device_step import prepare_device_step
 from trainer.engine import Engine
 from trainer.machine import Rates, rates
 from trainer.phases import Phases
@@ -70,8 +75,10 @@ class Rank:
         torch.manual_seed(config.trainer.seed)
         model = build(config.model, self.manifest.vocabulary_size)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = model.to(self.device)
+        self.how = prepare_device_step(config, model, self.device, self.sum)
         self.engine = Engine(
-            model.to(self.device),
+            model,
             config.trainer,
             world_size=self.world_size,
             device=self.device,
@@ -160,6 +167,28 @@ class Rank:
         """``(loss_sum, nll_sum)`` of one micro-batch of CPU tensors."""
         moved = [tensor.to(self.device, non_blocking=True) for tensor in batch]
         return self.engine(*moved, self.config.trainer.label_smoothing)
+
+    def steps(self, stream: Stream) -> AbstractContextManager[Iterator[StepBatches | DeviceStep]]:
+        """A stream's steps as ``passes`` takes them, to be closed before the stream."""
+        if not self.how.ahead:
+            return nullcontext(stream)
+        return DeviceBatches(stream, self.how.packer, self.device)
+
+    def passes(self, batches: StepBatches | DeviceStep) -> list[Pass]:
+        """What this rank computes of a step, one after the other."""
+        if isinstance(batches, DeviceStep):
+            return batches.passes
+        return self.how.packer.passes(batches.batches, lambda tensor: tensor)
+
+    def pass_loss(self, one: Pass, seeds: list[int]) -> tuple[Tensor, Tensor]:
+        """``(loss_sum, nll_sum)`` of a pass; ``seeds`` are of its lanes' dropout."""
+        # Dropout depends on the lane, not on who computes it: the same masks at any size.
+        torch.manual_seed(seeds[0])
+        smoothing = self.config.trainer.label_smoothing
+        if one.packing is None:
+            return self.engine(*one.ids, smoothing)
+        packing = with_dropout(one.packing, self.config.model, one.lane_tokens, seeds)
+        return self.engine(*one.ids, smoothing, packing)
 
     def sum(self, numbers: list[float]) -> list[float]:
         """The sum over all ranks of a few numbers."""
