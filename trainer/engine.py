@@ -10,6 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -22,6 +23,7 @@ from data_shards.errors import UserError
 from trainer.config import TrainerConfig
 from trainer.parts import EMA, MOMENTS, WEIGHT
 from trainer.phases import Phases
+from trainer.reduction import OverlappedReduction
 
 
 def import_deepspeed() -> Any:
@@ -66,12 +68,20 @@ def deepspeed_config(config: TrainerConfig, *, world_size: int, on_cpu: bool) ->
         },
         "steps_per_print": None,
     }
+    if config.gradient_dtype is not None and world_size > 1:
+        values["communication_data_type"] = config.gradient_dtype
     if config.precision == "bf16":
         values["bf16"] = {"enabled": True}
     elif config.precision == "fp16":
         values["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 14}
     return values
 
+
+# The same without ZeRO, where the sums begin during the backward pass: a few buckets, so that there
+# is something to begin with, each large enough for the network.
+_OVERLAPPED_ELEMENTS = 8_000_000
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Of DeepSpeed's backend: what its stages 0 to 3 call while training.
 _COLLECTIVES = (
@@ -216,9 +226,20 @@ class Engine:
             config=deepspeed_config(config, world_size=world_size, on_cpu=device.type == "cpu"),
             dist_init_required=False,
         )
+        self._phases = phases
+        self._reduction: OverlappedReduction | None = None
         if config.zero_stage == 0:
-            # Engine.step reduces by itself, so that it can see the norm before the update.
+            # Reduced here, so that the sums overlap with the backward pass, and so that Engine.step
+            # can see the norm before the update.
             self._engine.enable_backward_allreduce = False
+            if world_size > 1:
+                self._reduction = OverlappedReduction(
+                    list(module.parameters()),
+                    lambda gradient: deepspeed.comm.comm.cdb.all_reduce(gradient, async_op=True),
+                    world_size=world_size,
+                    dtype=_DTYPES.get(config.gradient_dtype or ""),
+                    bucket_elements=_OVERLAPPED_ELEMENTS,
+                )
         elif config.precision == "fp16":
             # The guard decides when a run is over, and says so better than an Exception.
             self._optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -249,8 +270,11 @@ class Engine:
         """Switch dropout on or off."""
         self._engine.train(mode)
 
-    def backward(self, loss_sum: Tensor, *, target_tokens: int) -> None:
+    def backward(self, loss_sum: Tensor, *, target_tokens: int, last: bool = False) -> None:
         """Add a micro-batch's gradient of ``loss_sum / target_tokens``.
+
+        ``last`` says that it is this rank's last one of the step, so that gradients can be summed
+        over the ranks as they come; if any rank says so, all must.
 
         ``target_tokens`` is the step's *global* count. DeepSpeed averages over ranks, which the
         factor undoes: the sum over all micro-batches of all ranks is the gradient of the mean.
@@ -259,7 +283,11 @@ class Engine:
         if self._config.zero_stage == 0:
             # DeepSpeed 0.19 scales only for ZeRO's optimizers, yet stage 0's divides by the scale.
             loss = loss * self._scaler_state().get("cur_scale", 1.0)
+        if self._reduction is not None and last:
+            self._reduction.arm()
         self._engine.backward(loss)
+        if self._reduction is not None and last:
+            self._reduction.launch_rest()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
         """Reduce, clip, update; every rank must call it.
@@ -272,8 +300,10 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._config.zero_stage == 0:
-            self._engine.buffered_allreduce_fallback()
+        if self._reduction is not None:
+            with self._phases("communication") if self._phases else nullcontext():
+                self._reduction.launch_rest()
+                self._reduction.finish()
         if _clips_itself(self._config):
             bound = self._config.clip_norm or float("inf")
             norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), bound)
