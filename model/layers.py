@@ -14,11 +14,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.config import ModelConfig
 from model.decoding import Places
 from model.dropout import dropout, dropout_add
+from model.linear import Linear
 from model.multi_head import MultiHeadAttention
 from model.packed import (
     PackedLayer,
@@ -92,8 +92,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.inner = nn.Linear(config.d_model, config.d_ff)
-        self.outer = nn.Linear(config.d_ff, config.d_model)
+        self.inner = Linear(config.d_model, config.d_ff)
+        self.outer = Linear(config.d_ff, config.d_model)
         self.dropout = config.activation_dropout
         for linear in (self.inner, self.outer):
             nn.init.xavier_uniform_(linear.weight)
@@ -101,7 +101,7 @@ class FeedForward(nn.Module):
 
     def forward(self, inputs_BLD: Tensor) -> Tensor:
         """Each position by itself."""
-        hidden = functional.relu_(self.inner(inputs_BLD))
+        hidden = self.inner(inputs_BLD, relu=True)
         return self.outer(dropout(hidden, self.dropout, training=self.training))  # type: ignore[no-any-return]
 
 

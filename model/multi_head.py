@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.attention import ScoreName, make_score, use_explicit
 from model.attention_kernels import explicit_packed, join_heads, split_heads
 from model.decoding import Places
+from model.linear import Linear
 from model.masks import self_mask
 from model.packed import Segments, packed_attention
 
@@ -47,11 +48,11 @@ class MultiHeadAttention(nn.Module):
         self.radius = radius
         keys, values = num_heads * self.key_width, num_heads * self.value_width
         if over_memory:
-            self.query = nn.Linear(d_model, keys)
-            self.key_value = nn.Linear(d_model, keys + values)
+            self.query = Linear(d_model, keys)
+            self.key_value = Linear(d_model, keys + values)
         else:
-            self.query_key_value = nn.Linear(d_model, 2 * keys + values)
-        self.output = nn.Linear(values, d_model)
+            self.query_key_value = Linear(d_model, 2 * keys + values)
+        self.output = Linear(values, d_model)
         self.reset_parameters()
         self.score = make_score(score, num_heads, self.key_width)
 
