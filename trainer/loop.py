@@ -17,7 +17,7 @@ from data_shards.errors import RunFailedError
 from data_shards.plan import lanes_of_rank
 from data_shards.stream import StepBatches, Stream
 from trainer.config import STOP_FILE
-from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE, Handover
+from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE, Handover, Requests
 from trainer.device_batches import DeviceStep
 from trainer.energy import EnergyMeter
 from trainer.guard import Guard, Reason
@@ -36,7 +36,7 @@ from trainer.validation_bleu import latest_bleu
 
 _MASK64 = (1 << 64) - 1
 
-# Rank 0 looks for these files at each step.
+# Rank 0 looks for these files.
 _REQUESTS = (STOP_FILE, HOLD_FILE, EARLY_STOP_FILE, PROFILE_FILE)
 
 
@@ -80,6 +80,7 @@ class Loop:
             interruption=interruption,
             valid_bleu=partial(latest_bleu, rank.run_dir),
         )
+        self.requests = Requests(rank.run_dir, _REQUESTS)
         self.phases = rank.phases
         self.measures = Measures(
             rank.config.model,
@@ -226,12 +227,10 @@ class Loop:
         # The hash goes in two halves: sums of 32-bit integers are exact in float64.
         halves = (data_hash & _MASK64) >> 32, data_hash & 0xFFFFFFFF
         clock_s = time.monotonic() + clock_offset_s if self.rank.is_first else 0.0
-        requests = [
-            float(self.rank.is_first and (self.rank.run_dir / name).exists()) for name in _REQUESTS
-        ]
+        requests = self.requests.look() if self.rank.is_first else [False] * len(_REQUESTS)
         numbers = torch.tensor(
             [
-                *(0.0, 0.0, *halves, clock_s, *requests, *self.saving.flags()),
+                *(0.0, 0.0, *halves, clock_s, *map(float, requests), *self.saving.flags()),
                 *self.measures.pack(
                     batches.step,
                     batches.batches,
