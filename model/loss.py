@@ -13,10 +13,15 @@ from torch.autograd.function import once_differentiable
 
 PAD_ID = 0
 
-# Logits held at a time, in elements. On a CPU, chunks beyond the caches make the softmax slower and
-# smaller ones the matrix products (8 MB in bfloat16, measured for D 128 and 512, V 8000).
-_CPU_CHUNK_ELEMENTS = 1 << 22
+# Probabilities of so many targets are kept until the gradients are made of them, in elements: one
+# matrix product for all of Multi30k's 2,000 targets a batch and 8,000 pieces.
+_CPU_CHUNK_ELEMENTS = 1 << 24
 _CHUNK_ELEMENTS = 1 << 27
+
+# On a CPU logits are held for fewer rows still, so that the softmax finds them in the caches; in
+# elements for every unit of the model's width, as narrow matrix products want fewer rows than wide
+# ones (measured for D 128 and 512, V 8000, in bfloat16).
+_CPU_BLOCK_ELEMENTS = 1 << 13
 
 # Below this the logarithm of a probability is no longer exact in float32 or bfloat16.
 _SMALLEST_PROBABILITY = 1e-30
@@ -62,7 +67,7 @@ def _forward(
     # With p = softmax(logits) and q the smoothed reference, the loss is -sum_v q_v log p_v and its
     # gradient p - q. The even part of q is the same for all rows and classes, so what it adds is
     # made from sums over the weights and over the states, never by a pass over [C, V].
-    vocab_size = weight_VD.size(0)
+    (num_targets, width), vocab_size = hidden_ND.shape, weight_VD.size(0)
     is_cpu = hidden_ND.device.type == "cpu"
     uniform = smoothing / vocab_size
     sum_weight_D = weight_VD.sum(0, dtype=torch.float32)
@@ -72,19 +77,26 @@ def _forward(
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     nll_sum = loss_sum.clone()
     grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
-    grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+    grad_weight = torch.zeros_like(weight_VD) if wants_weight else None
     num_rows = max(16, (_CPU_CHUNK_ELEMENTS if is_cpu else _CHUNK_ELEMENTS) // vocab_size)
-    # Both buffers serve every chunk: fresh ones would be paged in anew each time.
-    buffers = hidden_ND.new_empty((2, min(num_rows, hidden_ND.size(0)), vocab_size))
-    for start in range(0, hidden_ND.size(0), num_rows):
+    num_rows = max(1, min(num_rows, num_targets))
+    block = max(16, _CPU_BLOCK_ELEMENTS * width // vocab_size) if is_cpu else num_rows
+    # These serve every chunk: fresh ones would be paged in anew each time.
+    logits_buffer = hidden_ND.new_empty(min(block, num_rows), vocab_size)
+    probs_buffer = hidden_ND.new_empty(num_rows, vocab_size)
+    for start in range(0, num_targets, num_rows):
         rows = slice(start, start + num_rows)
         hidden_CD, targets_C1, real_C1 = hidden_ND[rows], targets_N[rows, None], real_N1[rows]
-        logits_CV, probs_CV = buffers[:, : hidden_CD.size(0)]
-        torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
-        torch.softmax(logits_CV, 1, out=probs_CV)
-        reference_C1 = logits_CV.gather(1, targets_C1).float()
+        probs_CV = probs_buffer[: hidden_CD.size(0)]
+        reference_C1 = _probabilities(
+            hidden_CD, weight_VD, targets_C1, logits_buffer, out=probs_CV
+        ).float()
         probability_C1 = probs_CV.gather(1, targets_C1)
-        normaliser_C1 = _log_normaliser(logits_CV, reference_C1, probability_C1)
+        if is_cpu:
+            normaliser_C1 = _log_normaliser(hidden_CD, weight_VD, reference_C1, probability_C1)
+        else:
+            logits_CV = logits_buffer[: hidden_CD.size(0)]
+            normaliser_C1 = logits_CV.float().logsumexp(1, keepdim=True)
         mean_C1 = (hidden_CD.float() @ sum_weight_D)[:, None] / vocab_size
         nll_C1 = normaliser_C1 - reference_C1
         loss_C1 = normaliser_C1 - (1 - smoothing) * reference_C1 - smoothing * mean_C1
@@ -98,27 +110,47 @@ def _forward(
         grad_CV[torch.arange(grad_CV.size(0), device=targets_N.device), targets_C1[:, 0]] = (
             probability_C1[:, 0] - (1 - smoothing)
         )
-        if padded:
-            grad_CV.mul_(real_C1)
+        # The even part comes in as the products' bias. Padding counts nothing: on the narrow
+        # sides of the products that is cheaper to see to than in [C, V].
         if grad_hidden is not None:
-            even_CD = (uniform * sum_weight_D) * real_C1
-            grad_hidden[rows] = torch.mm(grad_CV, weight_VD) - even_CD
+            even_D = (sum_weight_D * -uniform).to(grad_CV.dtype)
+            out_CD = torch.addmm(even_D, grad_CV, weight_VD, out=grad_hidden[rows])
+            if padded:
+                out_CD.mul_(real_C1)
         if grad_weight is not None:
-            grad_weight += torch.mm(grad_CV.T, hidden_CD)
-            grad_weight -= uniform * (hidden_CD.float() * real_C1).sum(0)
+            real_CD = hidden_CD * real_C1 if padded else hidden_CD
+            even_D = (real_CD.sum(0, dtype=torch.float32) * -uniform).to(grad_CV.dtype)
+            part_VD = torch.addmm(even_D, grad_CV.T, real_CD)
+            # Several parts are added up in float32.
+            grad_weight = part_VD if num_rows >= num_targets else grad_weight.float().add_(part_VD)
     ctx.save_for_backward(grad_hidden, grad_weight)
     ctx.mark_non_differentiable(nll_sum)
     return loss_sum, nll_sum
 
 
-def _log_normaliser(logits_CV: Tensor, reference_C1: Tensor, probability_C1: Tensor) -> Tensor:
-    """``logsumexp`` of every row, from the softmax that is there already where that is exact."""
-    if logits_CV.device.type != "cpu":
-        return logits_CV.float().logsumexp(1, keepdim=True)
+def _probabilities(
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C1: Tensor, logits_buffer: Tensor, *, out: Tensor
+) -> Tensor:
+    """Softmax of the logits into ``out``, block by block; the references' logits [C, 1]."""
+    references = []
+    for start in range(0, hidden_CD.size(0), logits_buffer.size(0)):
+        rows = slice(start, start + logits_buffer.size(0))
+        block_BD = hidden_CD[rows]
+        logits_BV = torch.mm(block_BD, weight_VD.T, out=logits_buffer[: block_BD.size(0)])
+        torch.softmax(logits_BV, 1, out=out[rows])
+        references.append(logits_BV.gather(1, targets_C1[rows]))
+    return torch.cat(references)
+
+
+def _log_normaliser(
+    hidden_CD: Tensor, weight_VD: Tensor, reference_C1: Tensor, probability_C1: Tensor
+) -> Tensor:
+    """``logsumexp`` of every row of logits, from the softmax that is there where that is exact."""
     normaliser_C1 = reference_C1 - probability_C1.float().log()
     lost_C = probability_C1[:, 0] < _SMALLEST_PROBABILITY
     if bool(lost_C.any()):
-        normaliser_C1[lost_C] = logits_CV[lost_C].float().logsumexp(1, keepdim=True)
+        logits_LV = torch.mm(hidden_CD[lost_C], weight_VD.T)
+        normaliser_C1[lost_C] = logits_LV.float().logsumexp(1, keepdim=True)
     return normaliser_C1
 
 

@@ -121,13 +121,18 @@ def test_no_targets_cost_nothing() -> None:
 
 def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     products = []
-    matrix_product = torch.mm
 
-    def counted(*arguments: Tensor, **named: Tensor) -> Tensor:
-        products.append(arguments)
-        return matrix_product(*arguments, **named)
+    def count(name: str) -> None:
+        product = getattr(torch, name)
 
-    monkeypatch.setattr(torch, "mm", counted)
+        def counted(*arguments: Tensor, **named: Tensor) -> Tensor:
+            products.append(arguments)
+            return product(*arguments, **named)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(torch, name, counted)
+
+    count("mm")
+    count("addmm")
     hidden, weight, targets = _case(torch.float32)
     with torch.no_grad():
         without, _ = fused_projection_loss(hidden, weight, targets, 0.1)
@@ -135,3 +140,20 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     loss_sum, _ = fused_projection_loss(hidden, weight, targets, 0.1)
     assert len(products) == 1 + 3
     torch.testing.assert_close(without, loss_sum.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_and_chunks_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    def results() -> tuple[Tensor, ...]:
+        hidden, weight, targets = _case(dtype)
+        loss_sum, nll_sum = fused_projection_loss(hidden, weight, targets, 0.1)
+        return loss_sum, nll_sum, *torch.autograd.grad(loss_sum, (hidden, weight))
+
+    at_once = results()
+    monkeypatch.setattr(loss, "_CPU_CHUNK_ELEMENTS", 40 * 61)
+    monkeypatch.setattr(loss, "_CPU_BLOCK_ELEMENTS", 17 * 61 // 24 + 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip(at_once, results(), strict=True):
+        assert float(((one - other).norm() / one.norm()).detach()) < tolerance
