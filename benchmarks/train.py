@@ -213,23 +213,19 @@ def drop_less(model: nn.Module) -> None:
             module.dropout = nn.Identity()
 
 
-def train_plain(run_dir: Path, meter: Meter, *, less_dropout: bool = False) -> None:
-    """The loop that one would write by hand; as many batches a step as the trainer has lanes."""
+PlainStep = tuple[list[tuple["Tensor", "Tensor", "Tensor"]], int, int]
+
+
+def plain_steps(config: RunConfig, manifest: Manifest) -> Iterator[PlainStep]:
+    """Endless steps, as many batches each as the trainer has lanes.
+
+    Each is its batches (source, decoder's input and reference, padded), and how many source and how
+    many target tokens they hold.
+    """
     import torch
-    from torch.nn.functional import cross_entropy
     from torch.nn.utils.rnn import pad_sequence
 
-    torch.set_num_threads(1)
-    config = run_config(run_dir)
-    manifest = Manifest.load(config.data.folder())
     pairs, lengths = read_pairs(manifest), np.asarray(manifest.lengths)
-    torch.manual_seed(config.trainer.seed)
-    model = plain_model(config.model, manifest.vocabulary_size).train()
-    if less_dropout:
-        drop_less(model)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True
-    )
     generator = np.random.default_rng(config.trainer.seed)
     begin = torch.tensor([BOS_ID])
 
@@ -238,26 +234,56 @@ def train_plain(run_dir: Path, meter: Meter, *, less_dropout: bool = False) -> N
             budget = config.data.tokens_per_step // config.data.lanes
             yield from plain_batches(lengths, budget, generator)
 
+    def padded(batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        sources, targets = zip(*(pairs[pair] for pair in batch), strict=True)
+        source = pad_sequence(sources, batch_first=True, padding_value=PAD_ID)
+        target = pad_sequence(targets, batch_first=True, padding_value=PAD_ID)
+        shifted = [torch.cat([begin, ids[:-1]]) for ids in targets]
+        return source, pad_sequence(shifted, batch_first=True, padding_value=PAD_ID), target
+
     stream = batches()
-    meter.start()
     while True:
         step = [next(stream) for _ in range(config.data.lanes)]
         source_tokens, target_tokens = (int(lengths[np.concatenate(step), i].sum()) for i in (0, 1))
+        yield [padded(batch) for batch in step], source_tokens, target_tokens
+
+
+def plain_loss(
+    model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], smoothing: float = 0.0
+) -> Tensor:
+    """Smoothed cross-entropy, summed over the batch's targets."""
+    from torch.nn.functional import cross_entropy
+
+    source, target_in, target = batch
+    return cross_entropy(
+        model(source, target_in).flatten(0, 1),
+        target.flatten(),
+        ignore_index=PAD_ID,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+
+
+def train_plain(run_dir: Path, meter: Meter, *, less_dropout: bool = False) -> None:
+    """The loop that one would write by hand; as many batches a step as the trainer has lanes."""
+    import torch
+
+    torch.set_num_threads(1)
+    config = run_config(run_dir)
+    manifest = Manifest.load(config.data.folder())
+    torch.manual_seed(config.trainer.seed)
+    model = plain_model(config.model, manifest.vocabulary_size).train()
+    if less_dropout:
+        drop_less(model)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True
+    )
+    steps = plain_steps(config, manifest)
+    meter.start()
+    for batches, source_tokens, target_tokens in steps:
         optimizer.zero_grad(set_to_none=True)
-        for batch in step:
-            sources, targets = zip(*(pairs[pair] for pair in batch), strict=True)
-            source = pad_sequence(sources, batch_first=True, padding_value=PAD_ID)
-            target = pad_sequence(targets, batch_first=True, padding_value=PAD_ID)
-            shifted = [torch.cat([begin, ids[:-1]]) for ids in targets]
-            target_in = pad_sequence(shifted, batch_first=True, padding_value=PAD_ID)
-            logits = model(source, target_in)
-            loss = cross_entropy(
-                logits.flatten(0, 1),
-                target.flatten(),
-                ignore_index=PAD_ID,
-                label_smoothing=config.trainer.label_smoothing,
-                reduction="sum",
-            )
+        for batch in batches:
+            loss = plain_loss(model, batch, config.trainer.label_smoothing)
             (loss / target_tokens).backward()
         optimizer.step()
         meter.stepped(source_tokens + target_tokens)
