@@ -19,6 +19,7 @@ from data_shards.plan import Plan
 from data_shards.stream import StepBatches, Stream
 from model.build import build
 from model.packed import with_dropout
+from trainer import startup
 from trainer.checkpoint import Checkpoints, check_settings
 from trainer.config import RunConfig
 from trainer.device_batches import DeviceBatches, DeviceStep, Pass
@@ -72,6 +73,7 @@ class Rank:
         self.manifest = Manifest.load(config.data.folder())
         self.plan = Plan.of(self.manifest, config.data, config.trainer.seed)
         self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
+        startup.mark("data")
         torch.manual_seed(config.trainer.seed)
         model = build(config.model, self.manifest.vocabulary_size)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -92,6 +94,7 @@ class Rank:
         self.checkpoints = Checkpoints.of(self.run_dir, config.recovery)
         self.token = f"{int(self._shared(secrets.randbits(32))):08x}"
         self._agree(lambda: self.checkpoints.begin_attempt(self.token))
+        startup.mark("engine")
 
     def resume(self) -> dict[int, list[str]] | None:
         """Go on from the newest trusted checkpoint (a collective).
@@ -164,7 +167,7 @@ class Rank:
         return TrainState.from_json(described)
 
     def loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """``(loss_sum, nll_sum)`` of one micro-batch of CPU tensors."""
+        """``(loss_sum, nll_sum)`` of one padded micro-batch, wherever its tensors are."""
         moved = [tensor.to(self.device, non_blocking=True) for tensor in batch]
         return self.engine(*moved, self.config.trainer.label_smoothing)
 
@@ -184,11 +187,10 @@ class Rank:
         """``(loss_sum, nll_sum)`` of a pass; ``seeds`` are of its lanes' dropout."""
         # Dropout depends on the lane, not on who computes it: the same masks at any size.
         torch.manual_seed(seeds[0])
-        smoothing = self.config.trainer.label_smoothing
         if one.packing is None:
-            return self.engine(*one.ids, smoothing)
+            return self.loss(*one.ids)
         packing = with_dropout(one.packing, self.config.model, one.lane_tokens, seeds)
-        return self.engine(*one.ids, smoothing, packing)
+        return self.engine(*one.ids, self.config.trainer.label_smoothing, packing)
 
     def sum(self, numbers: list[float]) -> list[float]:
         """The sum over all ranks of a few numbers."""
