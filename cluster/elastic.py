@@ -162,6 +162,7 @@ class LiveElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         scaling_config: ``num_workers`` is a number, or the least and the most.
         run_dir: the run's folder.
         prepare: begins to make a node ready for ranks; what it returns tells whether it is.
+        asks_autoscaler: tell Ray what the run would like to have; on one machine it cannot grow.
         look: tells what the cluster has.
         pause: waits so many seconds.
     """
@@ -172,12 +173,13 @@ class LiveElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         run_dir: Path,
         *,
         prepare: Prepare | None = None,
+        asks_autoscaler: bool = True,
         look: Callable[..., View] = look,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(scaling_config)
         self._run_dir, self._look, self._pause = run_dir, look, pause
-        self._prepare = prepare
+        self._prepare, self._asks_autoscaler = prepare, asks_autoscaler
         self._prepared: dict[str, Callable[[], bool]] = {}
         self._seen = View({}, ())
         self._is_running = False
@@ -237,7 +239,12 @@ class LiveElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         In the name of the run, not of the controller, so that the next one takes over what this one
         has asked for, however it ends.
         """
-        super().after_controller_start(SimpleNamespace(run_id=str(self._run_dir)))
+        if self._asks_autoscaler:
+            super().after_controller_start(SimpleNamespace(run_id=str(self._run_dir)))
+
+    def _maybe_send_resource_request(self) -> None:
+        if self._asks_autoscaler:
+            super()._maybe_send_resource_request()
 
     def _get_reserved_resources(self) -> Resources | None:
         """What Ray Train's policy counts workers in; None where it cannot be known now."""

@@ -38,6 +38,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from cluster.naming import is_held
 from data_shards.errors import RunFailedError
+from trainer.config import RunConfig
 from trainer.metrics import ENDED, RUN_LOST, ServerMetrics, Slot
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,14 @@ class Target:
     host: str
     port: int
     started: float
+
+    @classmethod
+    def of(cls, config: RunConfig, run: str, started: float) -> Target | None:
+        """As configured; None where no metrics are served."""
+        trainer = config.trainer
+        if not trainer.metrics_port:
+            return None
+        return cls(run, trainer.metrics_host, trainer.metrics_port, started)
 
 
 class Shelf:
@@ -97,10 +106,11 @@ class Shelf:
                 self._taken.remove(number)
                 self._own.live_ranks.set(len(self._taken))
 
-    def close(self) -> None:
-        """Take the run's metrics away."""
+    def close(self, *, remove: bool = True) -> None:
+        """Take the run's metrics away; without ``remove`` it looks like a run that was lost."""
         if self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if remove:
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.time_left import Left, TimeLeft
+from trainer import startup
 from trainer.config import RunConfig
 from trainer.schedule import progress
 
@@ -228,7 +229,7 @@ class Narrator:
     def _started(self, event: dict[str, Any]) -> str:
         return (
             f"started: {event.get('parameters', 0):,} parameters, "
-            f"{event.get('steps_per_epoch', 0):,} steps an epoch"
+            f"{event.get('steps_per_epoch', 0):,} steps an epoch{_start(event)}"
         )
 
     def _resumed(self, event: dict[str, Any]) -> str:
@@ -236,7 +237,7 @@ class Narrator:
             f"passed over the checkpoint of step {step}: {'; '.join(why)}\n"
             for step, why in event.get("passed_over", {}).items()
         )
-        return f"{passed_over}resumed from step {event.get('step')}"
+        return f"{passed_over}resumed from step {event.get('step')}{_start(event)}"
 
     def _save_failed(self, event: dict[str, Any]) -> str:
         return f"step {event['step']:>6}  checkpoint NOT saved: {event.get('error')}" + (
@@ -311,6 +312,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _start(event: dict[str, Any]) -> str:
+    """How long it took to get there, and what did."""
+    parts = event.get("start_s")
+    if not parts:
+        return ""
+    return f"; {sum(parts.values()):.1f} s after the command: {startup.described(parts)}"
 
 
 def _number(value: Any, spec: str) -> str:

@@ -21,9 +21,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -35,6 +35,7 @@ from cluster.exporter import Exporter, Shelf, Target
 from cluster.failures import RankDiedError
 from cluster.naming import logs_dir
 from data_shards.errors import RunFailedError
+from trainer import startup
 from trainer.config import RunConfig
 from trainer.metrics import Slot
 from trainer.watchdog import COLLECTIVE_TIMEOUTS
@@ -56,6 +57,10 @@ class Task:
     threads: int
     commanded_at: float
     train: Callable[..., object] | None = None
+    # When the command began, and had done what: Unix times, in their order (trainer.startup).
+    marks: dict[str, float] = field(default_factory=dict)
+    # To the rank server in the command's own process (cluster.local_ranks), where that is used.
+    door: tuple[str, bytes] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
+    is_restarted: bool = False
 
 
 class RankServer:
@@ -73,28 +79,33 @@ class RankServer:
     Args:
         warm: fork from a process that has imported everything; else start each from nothing.
         metrics: where the machine's metrics are served; None serves none.
+        output: file for what ranks print beside their logs; by default where this process prints.
     """
 
-    def __init__(self, *, warm: bool, metrics: Target | None = None) -> None:
+    def __init__(
+        self, *, warm: bool, metrics: Target | None = None, output: Path | None = None
+    ) -> None:
         self._warm = warm
+        self._output = output
+        self._begun: set[int] = set()  # local ranks
         self._shelf: Shelf | None = None
         self._exporter: Exporter | None = None
         if metrics is not None:
             self._serve(metrics)
         self._context: Any = multiprocessing.get_context("forkserver" if warm else "spawn")
-        # multiprocessing would run the main module anew in each child, which here is Ray's worker.
-        sys.modules["__main__"].__dict__.pop("__file__", None)
         if warm:
             # A CUDA context does not survive a fork: look at the devices without making one.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
             self._context.set_forkserver_preload(["trainer.preload"])
-            forkserver.ensure_running()
+            with _starting(output):
+                forkserver.ensure_running()
 
     def ready(self) -> None:
         """Return when a rank can be started as quickly as ever."""
         if self._warm:
             process = self._context.Process(target=os.getpid, daemon=True)
-            process.start()
+            with _starting(self._output):
+                process.start()
             process.join()
 
     def _serve(self, metrics: Target) -> None:
@@ -104,12 +115,12 @@ class RankServer:
         except (OSError, RunFailedError) as error:  # training matters more
             logger.warning("no metrics: %s", error)
 
-    def close(self) -> None:
-        """Take the run's metrics away."""
+    def close(self, *, is_lost: bool = False) -> None:
+        """Take the run's metrics away; with ``is_lost``, so that others tell of it."""
         if self._exporter is not None:
             self._exporter.close()
         if self._shelf is not None:
-            self._shelf.close()
+            self._shelf.close(remove=not is_lost)
 
     def run(
         self, task: bytes, place: Place, environment: dict[str, str], supervisor_pid: int
@@ -124,6 +135,8 @@ class RankServer:
         Raises:
             RankDiedError: the process ended without a word.
         """
+        place = replace(place, is_restarted=place.local_rank in self._begun)
+        self._begun.add(place.local_rank)
         with self._shelf.slot() if self._shelf else nullcontext() as slot:
             return self._run(task, place, environment, supervisor_pid, slot)
 
@@ -142,7 +155,8 @@ class RankServer:
             name=f"babelray rank {place.rank}",
             daemon=True,
         )
-        process.start()
+        with _starting(self._output):
+            process.start()
         sender.close()  # so that the process' death ends the pipe
         try:
             _wait_beside(receiver, supervisor_pid)
@@ -161,6 +175,39 @@ class RankServer:
         if not succeeded:
             raise value
         return value
+
+
+_start_lock = threading.Lock()
+
+
+@contextmanager
+def _starting(output: Path | None) -> Iterator[None]:
+    """A child that is started in the block runs no main module, and prints to ``output``."""
+    main = sys.modules["__main__"]
+    with _start_lock, _printing_to(output) if output is not None else nullcontext():
+        # multiprocessing would run it anew in each child: Ray's worker, or the command.
+        kept = {name: vars(main).pop(name, None) for name in ("__file__", "__spec__")}
+        main.__spec__ = None
+        try:
+            yield
+        finally:
+            vars(main).update({name: value for name, value in kept.items() if value is not None})
+
+
+@contextmanager
+def _printing_to(file: Path) -> Iterator[None]:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        with file.open("ab") as stream:
+            for number in kept:
+                os.dup2(stream.fileno(), number)
+        yield
+    finally:
+        for number, own in kept.items():
+            os.dup2(own, number)
+            os.close(own)
 
 
 def _wait_beside(receiver: Connection, pid: int) -> None:
@@ -227,6 +274,9 @@ def _portable(error: BaseException) -> BaseException:
 
 def _train(task: Task, place: Place, slot: Slot | None) -> object:
     handler = _log_to(logs_dir(task.run_dir) / f"rank-{place.rank:03d}.log")
+    # A group that begins again does not begin with the command.
+    startup.begin({} if place.is_restarted else task.marks)
+    startup.mark("workers")
     try:
         logger.info(
             "rank %d of %d, process %d, %d threads, %.1f s after the command",
@@ -249,6 +299,7 @@ def _train(task: Task, place: Place, slot: Slot | None) -> object:
             world_size=place.world_size,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUTS * task.config.recovery.hang_timeout_s),
         )
+        startup.mark("group")
         return (task.train or _trainer_loop())(
             task.config,
             task.run_dir,

@@ -205,6 +205,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         run_dir: the run's folder.
         recovery: how much is borne.
         prepare: see ``LiveElasticPolicy``.
+        control: runs Ray Train's controller; by default it is an actor.
         *arguments, **named: of ``DataParallelTrainer``.
     """
 
@@ -214,15 +215,20 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         run_dir: Path,
         recovery: RecoveryConfig,
         prepare: Prepare | None = None,
+        control: Callable[..., Any] | None = None,
         **named: Any,
     ) -> None:
         super().__init__(*arguments, **named)
         self._run_dir, self._recovery, self._prepare = run_dir, recovery, prepare
+        self._control = control
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         run_dir, recovery = self._run_dir, self._recovery
         arguments["scaling_policy"] = LiveElasticPolicy(
-            self.scaling_config, run_dir, prepare=self._prepare
+            self.scaling_config,
+            run_dir,
+            prepare=self._prepare,
+            asks_autoscaler=self._control is None,
         )
         arguments["failure_policy"] = RunFailurePolicy(Judge(run_dir, recovery.max_failures))
         # First, because it clears up after a start that failed in one of the others.
@@ -230,6 +236,8 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
             ResizeCallback(run_dir, recovery.grace_s),
             *(callback for callback in arguments["callbacks"] if not _is_superfluous(callback)),
         ]
+        if self._control is not None:
+            return self._control(**arguments)
         return super()._initialize_and_run_controller(**arguments)
 
 

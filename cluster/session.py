@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from cluster.ray_page import RayPage
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_DASHBOARD_PORT = 8265
@@ -67,6 +70,25 @@ _LOCAL_ENVIRONMENT = {
     **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     # Nobody gives notice before taking a laptop away; the watcher costs a process.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Its controller is in the command's own process, whose log takes what it has to say, and no
+    # actor that could be looked for.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    # A call after the end must fail, and not start another Ray.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # Ray's processes wake up to look after each other, often many times a second. What follows
+    # looks less often for what hardly changes on one machine; nothing that notices a failure is in
+    # it. (benchmarks/LOG.md)
+    "RAY_event_stats": "0",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_object_manager_timer_freq_ms": "1000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_raylet_report_resources_period_milliseconds": "200",  # less than cluster.elastic waits
+    "RAY_task_events_report_interval_ms": "5000",
+    "REPORTER_UPDATE_INTERVAL_MS": "10000",
+    # Workers that nobody uses go after a second.
+    "RAY_kill_idle_workers_interval_ms": "1000",
+    "RAY_num_workers_soft_limit": "0",
 }
 
 
@@ -78,6 +100,7 @@ class Session:
     num_cpus: float
     num_gpus: float
     is_local: bool
+    page: RayPage | None = None  # of a Ray of our own
 
 
 def worker_threads(workers: int, threads: int | None) -> int:
@@ -103,8 +126,19 @@ def num_cores() -> int:
     return max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
+def is_local() -> bool:
+    """Whether Ray will be one of our own on this machine, as far as RAY_ADDRESS says."""
+    return os.environ.get("RAY_ADDRESS", "") in {"", "local"}
+
+
 @contextmanager
-def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -> Iterator[Session]:
+def connect(
+    *,
+    min_cpus: int,
+    threads: int | None,
+    dashboard_port: int | None,
+    meanwhile: Callable[[], None] | None = None,
+) -> Iterator[Session]:
     """Ray for the duration of the block; a Ray started here is gone afterwards.
 
     Args:
@@ -112,12 +146,13 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
         threads: CPU threads a worker; None shares this machine's cores out over ``min_cpus``.
         dashboard_port: where a Ray of our own shows its page; None takes the first free port from
             8265 on.
+        meanwhile: called in a thread of its own while Ray starts, in the environment that its
+            workers will have; by default it imports torch.
 
     Raises:
         UserError: no Ray answers at RAY_ADDRESS.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
-    address = "" if address == "local" else address
+    address = "" if is_local() else os.environ["RAY_ADDRESS"]
     environment = dict(_ENVIRONMENT)
     if address:
         _check_address(address)
@@ -127,37 +162,81 @@ def connect(*, min_cpus: int, threads: int | None, dashboard_port: int | None) -
     added = {name: value for name, value in environment.items() if name not in os.environ}
     os.environ.update(added)
 
+    # What takes as long as Ray's start, which is mostly waiting, is done at the same time.
+    aside = _Aside(meanwhile or _import_torch)
+    aside.start()
     import ray
 
-    # Importing torch takes as long as Ray's start, which is mostly waiting: do both at once.
-    importing = threading.Thread(target=_import_torch, name="import-torch", daemon=True)
-    importing.start()
-    try:
-        if address:
-            context = _connect_to(address)
-        else:
-            context = _start_own(
-                address="local",  # and not a cluster that somebody has started on this machine
-                num_cpus=max(num_cores(), min_cpus),
-                include_dashboard=True,
-                dashboard_host=LOOPBACK,
-                dashboard_port=dashboard_port,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
+    with ExitStack() as stack:
+        try:
+            page = None
+            if address:
+                context = _connect_to(address)
+            else:
+                from cluster.local_ray import lean_node
+                from cluster.ray_page import RayPage
+
+                page = _page(RayPage, dashboard_port)
+                stack.callback(page.close)
+                with lean_node(page):
+                    context = _start_own(
+                        address="local",  # and not a cluster that was started on this machine
+                        num_cpus=max(num_cores(), min_cpus),
+                        include_dashboard=True,
+                        dashboard_host=LOOPBACK,
+                        dashboard_port=page.address[1],
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
+            aside.finish()
+            resources = ray.cluster_resources()
+            yield Session(
+                dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+                num_cpus=resources.get("CPU", 0.0),
+                num_gpus=resources.get("GPU", 0.0),
+                is_local=not address,
+                page=page,
             )
-        importing.join()
-        resources = ray.cluster_resources()
-        yield Session(
-            dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-            num_cpus=resources.get("CPU", 0.0),
-            num_gpus=resources.get("GPU", 0.0),
-            is_local=not address,
-        )
-    finally:
-        ray.shutdown()
-        for name in added:
-            os.environ.pop(name, None)
+        finally:
+            aside.join()
+            ray.shutdown()
+            for name in added:
+                os.environ.pop(name, None)
+
+
+class _Aside(threading.Thread):
+    """Something that is done at the same time, and whose error is met when it is waited for."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="while-ray-starts", daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            BaseException: what it met.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _page(make: type[RayPage], port: int | None) -> RayPage:
+    try:
+        return make(LOOPBACK, port, first_port=DEFAULT_DASHBOARD_PORT)
+    except OSError as error:  # taken since it was looked at, or fifty others
+        raise UserError(
+            f"--dashboard-port {port or DEFAULT_DASHBOARD_PORT}: {error.strerror}: give another"
+        ) from None
 
 
 def with_room(
@@ -196,15 +275,22 @@ def with_room(
 def _start_own(**options: Any) -> Any:
     import ray
 
-    try:
-        return ray.init(**options)
-    except Exception as error:  # Ray has no narrower one for a node that does not come up
-        if "startup" not in str(error):
-            raise
-        raise RunFailedError(
-            f"Ray did not start on this machine ({str(error).strip().splitlines()[0]}): it may "
-            "have too much other work; try again when it has less"
-        ) from None
+    # Ray gives its agent 15 s, which is too little on a machine that is busy with other things.
+    # The second time the files are cached, and what was started beside it is done.
+    for is_last in (False, True):
+        try:
+            return ray.init(**options)
+        except Exception as error:  # Ray has no narrower one for a node that does not come up
+            if "startup" not in str(error):
+                raise
+            ray.shutdown()
+            if is_last:
+                raise RunFailedError(
+                    "Ray did not start on this machine "
+                    f"({str(error).strip().splitlines()[0]}): it may have too much other work; "
+                    "try again when it has less"
+                ) from None
+    return None
 
 
 def _connect_to(address: str) -> Any:

@@ -7,32 +7,36 @@ checkpoint. Ray's own state lies in a hidden folder of the run and decides nothi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster import session, targets
-from cluster.exporter import end_run
+from cluster.exporter import Target, end_run
 from cluster.failures import explain, failures_path, is_stop, note
 from cluster.hints import runs_flag
 from cluster.history import History
 from cluster.naming import claim, clear, logs_dir, write_config
 from cluster.progress import Narrator, News, Tail
-from cluster.ranks import Task
+from cluster.ranks import LOG_FORMAT, Task
 from data_shards.errors import RunFailedError, UserError
 from trainer.config import STOP_FILE, RunConfig
 from trainer.storage import write_atomically
 
 if TYPE_CHECKING:
+    from cluster.local_ranks import LocalRanks
+    from cluster.ray_train import LocalController
     from cluster.validation_bleu import Scorer
 
 # A number of workers, or the least and the most.
@@ -65,6 +69,7 @@ def start(
     say: Callable[[str], None] = lambda line: None,
     tell: Callable[[News], None] | None = None,
     train: Callable[..., object] | None = None,
+    began_at: float | None = None,
 ) -> Outcome:
     """Train until the run ends, is stopped by a signal, or fails.
 
@@ -83,6 +88,7 @@ def start(
         say: takes each line for the person who watches.
         tell: takes each event of the run; by default their lines go to ``say``.
         train: replaces ``trainer.attempt.train``, for tests.
+        began_at: when the command began (Unix time), for the account of the start.
 
     Raises:
         UserError: a wrong number of workers, a port in use, a run that is being trained.
@@ -104,15 +110,19 @@ def start(
         stop_file = run_dir / STOP_FILE
         stop_file.unlink(missing_ok=True)
         threads = config.trainer.threads
+        ranks: list[LocalRanks] = []
         with (
             (logs_dir(run_dir) / "driver.log").open("a", encoding="utf-8") as log,
             # Ray prints the deaths of processes on standard output, which is for results.
             redirect_stdout(log),
             _Interrupts(stop_file, say) as interrupts,
+            _logging_to(log),
+            ExitStack() as stack,  # what is on it outlives Ray
             session.connect(
                 min_cpus=_local_workers(workers or 1),
                 threads=threads,
                 dashboard_port=dashboard_port,
+                meanwhile=lambda: ranks.extend(_begin(config, run_dir, commanded_at, stack)),
             ) as ray_session,
         ):
             interrupts.install()  # Ray's start has put handlers of its own in their place
@@ -132,17 +142,26 @@ def start(
                 session.worker_threads(_bounds(workers)[1], threads),
                 commanded_at,
                 train,
+                marks={
+                    "begin": began_at or commanded_at,
+                    "command": commanded_at,
+                    "ray": time.time(),
+                },
+                door=ranks[0].door if ranks else None,
             )
-            fit = _Fit(
-                task, workers, use_gpu=ray_session.num_gpus > 0, is_local=ray_session.is_local
-            )
+            fit = _Fit(task, workers, ray_session)
             scorer = _scorer(config, run_dir, say)
-            narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
+            try:
+                narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
+            finally:
+                fit.abandon()
             if fit.error is None or is_stop(fit.error) or interrupts.signal is not None:
                 # Else Prometheus shall see that nobody answers there any more.
                 targets.remove(run_dir)
                 if ray_session.is_local and config.trainer.metrics_port:
                     end_run(run_dir.name, config.trainer.metrics_port)
+                for server in ranks:
+                    server.is_lost = False
         stop_file.unlink(missing_ok=True)
         if interrupts.at_once:
             raise KeyboardInterrupt
@@ -160,6 +179,43 @@ def start(
             seconds=time.time() - commanded_at,
             signal=interrupts.signal if reason in {None, "stopped"} else None,
         )
+
+
+def _begin(
+    config: RunConfig, run_dir: Path, commanded_at: float, stack: ExitStack
+) -> Iterator[LocalRanks]:
+    """What can be done before Ray is there: the imports of the ranks, if they run here."""
+    if session.is_local():
+        from cluster.local_ranks import LocalRanks
+
+        yield stack.enter_context(
+            LocalRanks(
+                warm=config.recovery.standby,
+                output=logs_dir(run_dir) / "ranks.out",
+                metrics=Target.of(config, run_dir.name, commanded_at),
+            )
+        )
+        import cluster.ray_train
+        import cluster.recovery
+        import cluster.worker  # noqa: F401 - a second, mostly Ray Train's
+    if config.trainer.bleu_every is not None:
+        import torch  # noqa: F401 - the scorer's
+
+
+@contextmanager
+def _logging_to(stream: TextIO) -> Iterator[None]:
+    """What this process' own modules log, Ray Train's controller among them, goes there."""
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    # Ray warns of what it imports itself.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 def _note_session(run_dir: Path, ray_session: session.Session) -> None:
@@ -307,17 +363,19 @@ class _Fit(threading.Thread):
     (In the main thread Ray Train would take SIGINT for itself and kill the workers with it.)
     """
 
-    def __init__(self, task: Task, workers: Workers, *, use_gpu: bool, is_local: bool) -> None:
+    def __init__(self, task: Task, workers: Workers, ray_session: session.Session) -> None:
         super().__init__(name="ray-train-fit", daemon=True)
         self._task, self._workers = task, workers
-        self._use_gpu, self._is_local = use_gpu, is_local
+        self._use_gpu, self._is_local = ray_session.num_gpus > 0, ray_session.is_local
+        self._page = ray_session.page
+        self._control: LocalController | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        from cluster.recovery import Judge, supervise
-
         task = self._task
         try:
+            from cluster.recovery import Judge, supervise
+
             # They import while Ray Train starts its own processes, and live as long as this list.
             servers = self._rank_servers()
             supervise(self._trainer, Judge(task.run_dir, task.config.recovery.max_failures))
@@ -325,7 +383,18 @@ class _Fit(threading.Thread):
         except BaseException as error:
             self.error = error
 
+    def abandon(self) -> None:
+        """Let go of the workers, if that was not done: Ray is about to end them."""
+        if self._control is not None:
+            self._control.abandon()
+            self.join(_POLL_S * 10)
+
     def _rank_servers(self) -> list[Any]:
+        if self._task.door is not None:
+            from cluster.ray_train import LocalController
+
+            self._control = LocalController(self._page)
+            return []
         import ray
 
         from cluster.worker import rank_server
@@ -367,6 +436,7 @@ class _Fit(threading.Thread):
             run_dir=task.run_dir,
             recovery=recovery,
             prepare=partial(prepare, task),
+            control=self._control,
         )
 
 

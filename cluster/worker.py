@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import targets
 from cluster.exporter import Target
+from cluster.local_ranks import run_rank
 from cluster.ranks import Place, RankServer, Task, end_with_parent
 from trainer.control import HOLD_FILE
 
@@ -32,6 +33,9 @@ def work(task: Task) -> None:
     end_with_parent()
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    if task.door is not None:
+        run_rank(task.door, cloudpickle.dumps(task), place, dict(os.environ))
+        return
     server = rank_server(task, ray.get_runtime_context().get_node_id())
     outcome = server.run.remote(cloudpickle.dumps(task), place, dict(os.environ), os.getpid())
     while not ray.wait([outcome], timeout=_NOTICE_INTERVAL_S)[0]:
@@ -48,6 +52,7 @@ def rank_server(task: Task, node_id: str) -> Any:
 
     The driver asks first for the machines that are there, the controller for those that come.
     """
+    metrics = Target.of(task.config, task.run_dir.name, task.commanded_at)
     return (
         ray.remote(_RankServer)
         .options(
@@ -57,24 +62,14 @@ def rank_server(task: Task, node_id: str) -> Any:
             max_concurrency=_RANKS_A_MACHINE,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
-        .remote(warm=task.config.recovery.standby, metrics=_target(task))
-    )
-
-
-def _target(task: Task) -> Target | None:
-    trainer = task.config.trainer
-    if not trainer.metrics_port:
-        return None
-    return Target(
-        run=task.run_dir.name,
-        host=trainer.metrics_host,
-        port=trainer.metrics_port,
-        started=task.commanded_at,
+        .remote(warm=task.config.recovery.standby, metrics=metrics)
     )
 
 
 def prepare(task: Task, node_id: str) -> Callable[[], bool]:
     """Start a machine's server and keep it; the result tells whether it can start ranks quickly."""
+    if task.door is not None:
+        return lambda: True
     server = rank_server(task, node_id)
     ready = server.ready.remote()
 
@@ -115,14 +110,19 @@ class ServersCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """The controller's own process; called once."""
-        end_with_parent()
+        from cluster.ray_train import leave_out_barrier  # which workers need not import
+
+        leave_out_barrier()
+        if self._task.door is None:
+            end_with_parent()
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """A server on every machine of the group."""
         nodes = {worker.metadata.node_id for worker in worker_group.get_workers()}
-        # Those of machines that are gone go too; those kept stay alive through their handles. Asked
-        # for each time, so that one that has died is replaced.
-        self._servers = {node: rank_server(self._task, node) for node in nodes}
+        if self._task.door is None:
+            # Those of machines that are gone go too; those kept stay alive through their handles.
+            # Asked for each time, so that one that has died is replaced.
+            self._servers = {node: rank_server(self._task, node) for node in nodes}
         trainer = self._task.config.trainer
         if trainer.metrics_port:
             targets.write(

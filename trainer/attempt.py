@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from trainer import startup
 from trainer.config import STOP_FILE, RunConfig
 from trainer.control import EARLY_STOP_FILE, HELD_FILE, HOLD_FILE
 from trainer.events import EventLog
@@ -89,6 +90,8 @@ def _train_first(
     events = EventLog(run_dir / "events.jsonl")
     metrics = _opened(partial(RunMetrics, run_dir.name), slot)
     packages = versions()
+    startup.mark("checkpoint")
+    begun = startup.seconds()
     try:
         if metrics is not None:
             _describe(this, metrics, packages)
@@ -98,6 +101,7 @@ def _train_first(
             **({"passed_over": passed_over} if passed_over else {}),
             attempt=this.token,
             failures_seen=failures_seen(run_dir),
+            **({"start_s": begun} if begun else {}),
             world_size=this.world_size,
             parameters=this.num_parameters,
             steps_per_epoch=this.plan.steps_per_epoch,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import psutil
 
 from cluster.console import LOG_FORMAT_VARIABLE, LOG_FORMATS, LogFormat, errors_told, open_console
 from cluster.hints import runs_flag
@@ -103,6 +104,7 @@ def train(
       babelray train --config configs/tiny.yaml --set trainer.peak_learning_rate=2e-3
       babelray train --name demo --resume --set trainer.max_steps=2000
     """
+    began_at = psutil.Process().create_time()  # before Python's own start
     if resume + start_or_resume + overwrite > 1:
         raise click.UsageError("give one of --resume, --start-or-resume and --overwrite")
     from cluster import naming
@@ -149,6 +151,7 @@ def train(
                 dashboard_port=dashboard_port,
                 say=console.say,
                 tell=tell,
+                began_at=began_at,
             )
     if as_json:
         print_json({"run": name, **dataclasses.asdict(outcome)})

@@ -91,6 +91,7 @@ def test_other_events() -> None:
         told.line(event)
         for event in (
             {"event": "started", "step": 0, "parameters": 1234567, "steps_per_epoch": 89},
+            {"event": "resumed", "step": 4, "start_s": {"ray": 4.0, "workers": 2.04, "data": 0.01}},
             {"event": "validated", "step": 5, "valid_nll": 1.5, "perplexity": 4.4817},
             {"event": "checkpoint", "step": 5, "bytes": 2_500_000, "seconds": 0.25, "best": True},
             {"event": "worker_failed", "message": "rank 1: gone", "final": False},
@@ -101,6 +102,7 @@ def test_other_events() -> None:
     ]
     assert lines == [
         "started: 1,234,567 parameters, 89 steps an epoch",
+        "resumed from step 4; 6.0 s after the command: Ray 4.0, workers 2.0 s",
         "step      5  validated: nll 1.5000, perplexity 4.48",
         "step      5  checkpoint saved: 2.5 MB in 0.2 s, the best so far",
         "failed: rank 1: gone; restarting from the last checkpoint",

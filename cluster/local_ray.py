@@ -1,0 +1,82 @@
+"""A Ray of our own with no more processes than a run on one machine needs.
+
+Stock Ray starts a monitor that asks for machines, one that sends the logs to the driver (which
+reads none), and the dashboard's ten processes. Here the first two are left out, and the dashboard
+waits until somebody looks (``cluster.ray_page``). ``benchmarks/overhead.py`` and
+``benchmarks/start.py`` have what that is worth.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._private.node import Node
+
+from cluster.ray_page import RayPage
+
+
+@contextmanager
+def lean_node(page: RayPage) -> Iterator[None]:
+    """Within the block ``ray.init`` starts a node as described, whose dashboard is ``page``."""
+    stock = ray._private.node.Node
+    ray._private.node.Node = _node_class(page)
+    try:
+        yield
+    finally:
+        ray._private.node.Node = stock
+
+
+def _node_class(page: RayPage) -> type[Any]:
+    class LeanNode(Node):  # type: ignore[misc]
+        """Ray's processes on this machine."""
+
+        def start_monitor(self) -> None:
+            """Nobody asks for more machines."""
+
+        def start_log_monitor(self) -> None:
+            """Nobody reads the workers' output from the driver."""
+
+        def start_api_server(self, *, include_dashboard: bool, raise_on_failure: bool) -> None:
+            """Later, if ever."""
+            host, port = page.address
+            self._webui_url = f"{host}:{port}"
+            _note_address(self, self._webui_url)
+            page.serve(_starter(self, super().start_api_server))
+
+    return LeanNode
+
+
+def _starter(node: Any, start: Callable[..., None]) -> Callable[[], tuple[str, int]]:
+    shown = node._webui_url
+
+    def start_now() -> tuple[str, int]:
+        host = node._ray_params.dashboard_host
+        where = (host, _free_port(host))
+        node._ray_params.dashboard_port = where[1]
+        # One that died is no hindrance to another.
+        node.all_processes.pop(ray_constants.PROCESS_TYPE_DASHBOARD, None)
+        start(include_dashboard=True, raise_on_failure=True)
+        node._webui_url = shown
+        return where
+
+    return start_now
+
+
+def _note_address(node: Any, url: str) -> None:
+    """Where Ray's own commands look for the dashboard's API."""
+    for key in (ray_constants.DASHBOARD_ADDRESS.encode(), b"webui:url"):
+        node.get_gcs_client().internal_kv_put(
+            key, url.encode(), True, ray_constants.KV_NAMESPACE_DASHBOARD
+        )
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,126 @@
+"""The address of Ray's dashboard, behind which it starts when somebody looks."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from cluster.ray_page import RayPage
+
+HOST = "127.0.0.1"
+
+
+class Dashboard:
+    """Says which path was asked for; counts how often it was started."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.fails = False
+        self.server: ThreadingHTTPServer | None = None
+
+    def start(self) -> tuple[str, int]:
+        self.starts += 1
+        if self.fails:
+            raise RuntimeError("no memory")
+        self.server = ThreadingHTTPServer((HOST, 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return HOST, self.server.server_port
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.answer(self.path.encode())
+
+    def do_POST(self) -> None:
+        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Dashboard]:
+    made = Dashboard()
+    yield made
+    if made.server is not None:
+        made.server.shutdown()
+        made.server.server_close()
+
+
+@pytest.fixture
+def page(dashboard: Dashboard) -> Iterator[RayPage]:
+    made = RayPage(HOST, None, first_port=20000)
+    made.serve(dashboard.start)
+    yield made
+    made.close()
+
+
+def ask(page: RayPage, path: str, body: bytes | None = None) -> bytes:
+    connection = HTTPConnection(*page.address, timeout=20)
+    try:
+        connection.request("GET" if body is None else "POST", path, body)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
+
+
+def test_it_starts_once_when_first_asked_and_passes_everything_on(
+    page: RayPage, dashboard: Dashboard
+) -> None:
+    told = []
+    page.on_start = lambda: told.append(page.is_awake)
+    socket.create_connection(page.address).close()  # who only knocks, wakes nobody
+    assert (dashboard.starts, page.is_awake) == (0, False)
+    answers: list[bytes] = []
+    askers = [
+        threading.Thread(target=lambda: answers.append(ask(page, "/index.html"))) for _ in range(3)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert answers == [b"/index.html"] * 3
+    assert (dashboard.starts, told) == (1, [True])
+    large = bytes(range(256)) * 4000
+    assert ask(page, "/", large) == large
+
+
+def test_what_the_command_knows_is_answered_without_the_dashboard(
+    page: RayPage, dashboard: Dashboard
+) -> None:
+    page.answer = lambda path: b"[1]" if path == "/runs" else None
+    assert ask(page, "/runs") == b"[1]"
+    assert dashboard.starts == 0
+    assert ask(page, "/other") == b"/other"
+    assert ask(page, "/runs") == b"/runs", "now it is the dashboard's"
+
+
+def test_a_dashboard_that_does_not_start_is_tried_again_by_the_next(
+    page: RayPage, dashboard: Dashboard
+) -> None:
+    dashboard.fails = True
+    with pytest.raises((HTTPException, ConnectionError)):
+        ask(page, "/")
+    assert dashboard.starts == 1
+    dashboard.fails = False
+    assert ask(page, "/again") == b"/again"
+
+
+def test_it_takes_the_next_free_port_unless_one_was_asked_for(page: RayPage) -> None:
+    port = page.address[1]
+    other = RayPage(HOST, None, first_port=port)
+    assert other.address[1] > port
+    other.close()
+    with pytest.raises(OSError, match="in use"):
+        RayPage(HOST, port, first_port=20000)
