@@ -32,7 +32,8 @@ class Linear(nn.Linear):
 
 def _joined(inputs: Tensor, weight: Tensor) -> bool:
     return (
-        _POINTWISE is not None
+        not torch.compiler.is_compiling()  # which does as well, and for any device
+        and _POINTWISE is not None
         and inputs.device.type == "cpu"
         and inputs.dtype == weight.dtype == torch.bfloat16
         and inputs.numel() > 0
