@@ -14,7 +14,9 @@ How a corpus becomes batches:
 3. A lane's range is cut evenly into *windows* of at most ``window_pairs``. In a window pairs are
    sorted by the longer side (descending), then by source minus target (in turn ascending and
    descending, so that neighbours stay alike), and cut into batches: the longest pair comes first,
-   so ``budget // longest`` pairs fit, padding included, on both sides.
+   so ``budget // longest`` pairs fit, padding included, on both sides. In small windows where full
+   batches would be padded by more than 2 %, the cuts are moved to where padding is least
+   (``data_shards.cuts``).
 4. Which pairs lie in a window is fixed. Pairs of the same two lengths are in a new random order
    each epoch; as that leaves the sorted *lengths* alone, the shapes and token counts of all batches
    are the same in every epoch and are tabulated once. Each epoch permutes a lane's windows, and the
@@ -38,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_shards.config import DataConfig
+from data_shards.cuts import cut_closely, cut_simply, is_worth_it
 from data_shards.errors import DataError
 from data_shards.randomness import MASK, Int64, UInt64, key_of, permutation, random_numbers
 
@@ -47,13 +50,17 @@ if TYPE_CHECKING:
 Int32 = NDArray[np.int32]
 
 # Bump when a change makes the same corpus and seed give other batches: a run must not resume then.
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 # One independent stream of random numbers for each use.
 _BLOCKS, _TIES, _WINDOWS, _BATCHES, _GAPS, _HASH = range(1, 7)
 
 # Low bits of a sort key that hold a pair's random number; the 34 above hold its lengths.
 _TIE_BITS = 30
+
+# Windows are cut side by side up to so many pairs: enough to share the steps of the search, and few
+# tens of megabytes.
+_PAIRS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,26 +359,49 @@ class Plan:
         """The table of batches, and the first batch of each window and the end."""
         columns: list[list[NDArray[Any]]] = [[] for _ in range(7)]
         num_batches = []
-        for window in range(len(self._window_position) - 1):
-            key = np.sort(self._length_key(self._window_lengths(window)))
-            source, target = self._lengths_of_key(key)
-            longer = np.maximum(source, target)
-            starts = _cut(longer, self.tokens_per_batch)
-            num_batches.append(len(starts))
-            values = (
-                np.full(len(starts), window),
-                starts,
-                np.diff(starts, append=len(longer)),
-                np.maximum.reduceat(source, starts),
-                np.maximum.reduceat(target, starts),
-                np.add.reduceat(source, starts),
-                np.add.reduceat(target, starts),
-            )
-            for column, value in zip(columns, values, strict=True):
-                column.append(value.astype(np.int32))
+        for first, windows in self._sorted_windows():
+            for window, (source, target), starts in zip(
+                range(first, first + len(windows)), windows, self._cut_some(windows), strict=True
+            ):
+                num_batches.append(len(starts))
+                values = (
+                    np.full(len(starts), window),
+                    starts,
+                    np.diff(starts, append=len(source)),
+                    np.maximum.reduceat(source, starts),
+                    np.maximum.reduceat(target, starts),
+                    np.add.reduceat(source, starts),
+                    np.add.reduceat(target, starts),
+                )
+                for column, value in zip(columns, values, strict=True):
+                    column.append(value.astype(np.int32))
         end = np.zeros(1, dtype=np.int32)
         table = _Batches(*(np.concatenate([*column, end]) for column in columns))
         return table, _starts(np.array(num_batches, dtype=np.int64))
+
+    def _sorted_windows(self) -> Iterator[tuple[int, list[tuple[Int32, Int32]]]]:
+        """The windows' sorted (source, target) lengths, some at a time, and the first's number."""
+        first, num_pairs, windows = 0, 0, []
+        for window in range(len(self._window_position) - 1):
+            key = np.sort(self._length_key(self._window_lengths(window)))
+            windows.append(self._lengths_of_key(key))
+            num_pairs += len(key)
+            if num_pairs >= _PAIRS_AT_ONCE:
+                yield first, windows
+                first, num_pairs, windows = window + 1, 0, []
+        if windows:
+            yield first, windows
+
+    def _cut_some(self, windows: list[tuple[Int32, Int32]]) -> list[Int64]:
+        """Where the batches of some windows start."""
+        budget = self.tokens_per_batch
+        cuts = [cut_simply(np.maximum(source, target), budget) for source, target in windows]
+        wasteful = [i for i, cut in enumerate(cuts) if is_worth_it(*windows[i], cut)]
+        if wasteful:
+            closer = cut_closely([windows[i] for i in wasteful], budget)
+            for i, cut in zip(wasteful, closer, strict=True):
+                cuts[i] = cut
+        return cuts
 
     def _build_epoch(self, epoch: int) -> _Epoch:
         schedule = np.full((self.steps_per_epoch, self.lanes), -1, dtype=np.int32)
@@ -425,11 +455,12 @@ class Plan:
         key = (self._longest - longer) * (2 * self._longest) + snake + self._longest
         return key.astype(np.uint64)
 
-    def _lengths_of_key(self, key: UInt64) -> tuple[Int64, Int64]:
+    def _lengths_of_key(self, key: UInt64) -> tuple[Int32, Int32]:
         down, snake = np.divmod(key.astype(np.int64), 2 * self._longest)
         longer, snake = self._longest - down, snake - self._longest
         difference = np.where(longer % 2 == 0, snake, -snake)
-        return longer + np.minimum(difference, 0), longer - np.maximum(difference, 0)
+        source, target = longer + np.minimum(difference, 0), longer - np.maximum(difference, 0)
+        return source.astype(np.int32), target.astype(np.int32)
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
@@ -446,29 +477,6 @@ def data_hash(step: int, lane: int, pair_ids: NDArray[Any]) -> int:
     """
     numbers = random_numbers(key_of(_HASH, step, lane), pair_ids.astype(np.uint64))
     return int(numbers.sum(dtype=np.uint64))
-
-
-def _cut(longer: Int64, budget: int) -> Int64:
-    """Starts of batches in a window sorted by ``longer``, descending.
-
-    A batch that starts at ``i`` takes ``budget // longer[i]`` pairs. Within a run of equal lengths
-    the starts are evenly spaced, so the loop is over distinct lengths, not over batches.
-    """
-    ends = [*(np.flatnonzero(np.diff(longer)) + 1).tolist(), len(longer)]
-    parts, start = [], 0
-    for end in ends:
-        if start < end:
-            num = budget // int(longer[end - 1])
-            parts.append(np.arange(start, end, num))
-            start = int(parts[-1][-1]) + num
-    starts = np.concatenate(parts)
-    # Share out the last two evenly rather than leave a batch of a few pairs. Both halves fit, as
-    # neither has more pairs than the last but one had, and none of them is longer than its first.
-    if len(starts) > 1:
-        rest = len(longer) - int(starts[-2])
-        if len(longer) - starts[-1] < starts[-1] - starts[-2]:
-            starts[-1] = starts[-2] + (rest + 1) // 2
-    return starts
 
 
 def _starts(sizes: Int64) -> Int64:

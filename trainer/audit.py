@@ -234,7 +234,7 @@ def _check_plan(where: str, state: dict[str, Any], plan: Plan, manifest: Manifes
             raise UserError(
                 f"{where}: the run was trained on another corpus or plan than {manifest.folder} "
                 f"gives now ({what} {then}, now {now}): put the run's corpus back there and its "
-                "config.json as it was"
+                "config.json as it was, or audit it with the version of babelray that trained it"
             )
 
 

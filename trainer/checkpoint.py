@@ -419,14 +419,20 @@ def check_settings(where: str | Path, written: dict[str, Any], now: dict[str, An
     Raises:
         UserError: names each setting that differs, with both values.
     """
-    different = [
-        f"{name} was {written.get(name)!r}, is {value!r}"
+    different = {
+        name: f"{name} was {written.get(name)!r}, is {value!r}"
         for name, value in now.items()
         if written.get(name) != value
-    ]
+    }
+    if list(different) == ["plan"]:  # of the same corpus and settings
+        raise UserError(
+            f"checkpoint {PurePath(where).name} belongs to a run whose batches another version of "
+            f"babelray made; this one would make others of the same corpus ({different['plan']}). "
+            "Resume with the version that began the run, or start a run under another name"
+        )
     if different:
         raise UserError(
             f"checkpoint {PurePath(where).name} belongs to another configuration: "
-            f"{'; '.join(different)}. Resume with the run's own settings, or start a run under "
-            "another name"
+            f"{'; '.join(different.values())}. Resume with the run's own settings, or start a run "
+            "under another name"
         )

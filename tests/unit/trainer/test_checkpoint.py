@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from data_shards.errors import RunFailedError, UserError
+from data_shards.plan import PLAN_FORMAT, Plan
 from tests.saves import FakeEngine, Group, assert_holds, open_storage
 from trainer.checkpoint import COMMIT, MANIFEST, STATE, Checkpoints, check_settings
 from trainer.config import RecoveryConfig
@@ -289,6 +291,26 @@ def test_another_configuration_is_refused_with_both_values() -> None:
         check_settings(where, {"model.d_ff": 64}, {"model.d_ff": 128})
     assert "under another name" in str(error.value)
     check_settings(where, {"a": 1, "b": 2}, {"a": 1})
+
+
+def test_a_run_of_another_plan_format_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The batches of the same corpus, under the same settings, would be others."""
+
+    def digest() -> str:
+        lengths = np.array([[3, 4], [5, 2]])
+        return Plan(lengths, [2], lanes=1, tokens_per_step=25, window_pairs=9, seed=3).digest
+
+    now = digest()
+    monkeypatch.setattr("data_shards.plan.PLAN_FORMAT", PLAN_FORMAT - 1)
+    then = digest()
+    settings = {"data": "1234", "data.lanes": 1}
+    with pytest.raises(
+        UserError, match=rf"step-00000001 .*another version .*plan was '{then}', is '{now}'"
+    ) as error:
+        check_settings("step-00000001", {**settings, "plan": then}, {**settings, "plan": now})
+    assert "Resume with the version that began the run" in str(error.value)
 
 
 def test_a_manifest_lists_sizes_hashes_and_fragments(saved: Checkpoints) -> None:
