@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 PAD_ID = 0
 
@@ -22,6 +23,10 @@ _CHUNK_ELEMENTS = 1 << 27
 # elements for every unit of the model's width, as narrow matrix products want fewer rows than wide
 # ones (measured for D 128 and 512, V 8000, in bfloat16).
 _CPU_BLOCK_ELEMENTS = 1 << 13
+
+# On a CPU matrix products are compiled for their shape, which takes longer than many of them (1.4
+# to 3 ms in bfloat16). Rows come in multiples of this, so that there are few shapes.
+_CPU_ROWS = 64
 
 # Below this the logarithm of a probability is no longer exact in float32 or bfloat16.
 _SMALLEST_PROBABILITY = 1e-30
@@ -67,8 +72,13 @@ def _forward(
     # With p = softmax(logits) and q the smoothed reference, the loss is -sum_v q_v log p_v and its
     # gradient p - q. The even part of q is the same for all rows and classes, so what it adds is
     # made from sums over the weights and over the states, never by a pass over [C, V].
-    (num_targets, width), vocab_size = hidden_ND.shape, weight_VD.size(0)
     is_cpu = hidden_ND.device.type == "cpu"
+    num_given = hidden_ND.size(0)
+    if is_cpu and num_given % _CPU_ROWS:
+        more = -num_given % _CPU_ROWS
+        hidden_ND = functional.pad(hidden_ND, (0, 0, 0, more))
+        targets_N = functional.pad(targets_N, (0, more), value=PAD_ID)
+    (num_targets, width), vocab_size = hidden_ND.shape, weight_VD.size(0)
     uniform = smoothing / vocab_size
     sum_weight_D = weight_VD.sum(0, dtype=torch.float32)
     real_N1 = (targets_N != PAD_ID)[:, None]
@@ -78,13 +88,15 @@ def _forward(
     nll_sum = loss_sum.clone()
     grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
     grad_weight = torch.zeros_like(weight_VD) if wants_weight else None
-    num_rows = max(16, (_CPU_CHUNK_ELEMENTS if is_cpu else _CHUNK_ELEMENTS) // vocab_size)
-    num_rows = max(1, min(num_rows, num_targets))
-    block = max(16, _CPU_BLOCK_ELEMENTS * width // vocab_size) if is_cpu else num_rows
+    num_rows = block = max(1, _CHUNK_ELEMENTS // vocab_size)
+    if is_cpu:
+        num_rows = _whole(_CPU_CHUNK_ELEMENTS // vocab_size)
+        block = _whole(_CPU_BLOCK_ELEMENTS * width // vocab_size)
+    num_rows = min(num_rows, num_targets)
     # These serve every chunk: fresh ones would be paged in anew each time.
     logits_buffer = hidden_ND.new_empty(min(block, num_rows), vocab_size)
     probs_buffer = hidden_ND.new_empty(num_rows, vocab_size)
-    for start in range(0, num_targets, num_rows):
+    for start in range(0, num_targets, max(1, num_rows)):
         rows = slice(start, start + num_rows)
         hidden_CD, targets_C1, real_C1 = hidden_ND[rows], targets_N[rows, None], real_N1[rows]
         probs_CV = probs_buffer[: hidden_CD.size(0)]
@@ -123,9 +135,13 @@ def _forward(
             part_VD = torch.addmm(even_D, grad_CV.T, real_CD)
             # Several parts are added up in float32.
             grad_weight = part_VD if num_rows >= num_targets else grad_weight.float().add_(part_VD)
-    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:num_given], grad_weight)
     ctx.mark_non_differentiable(nll_sum)
     return loss_sum, nll_sum
+
+
+def _whole(rows: int) -> int:
+    return max(_CPU_ROWS, rows // _CPU_ROWS * _CPU_ROWS)
 
 
 def _probabilities(
