@@ -104,6 +104,7 @@ def test_what_is_compiled_was_tried_forward_and_backward(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the compiler itself warns of
 def test_compiled_layers_compute_what_they_do_as_they_are() -> None:
     from model.packing import pack, unpack
     from tests.unit.model.test_packed import batch, model_of, results
