@@ -139,8 +139,10 @@ class Worker:
             **(ALLOCATOR if like_ours else {}),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
-            "PYTHONPATH": str(ROOT) if command is None else str(Path(__file__).parent),
+            "PYTHONPATH": str(ROOT),
         }
+        if command:
+            del environment["PYTHONPATH"]
         self._log = run_dir / "stderr.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
