@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from model.dropout import keep_mask
+from model.rows import Rows
 
 # Of the hidden layer of additive attention at a time: on a CPU what its caches hold.
 _ADDITIVE_ELEMENTS = {"cpu": 1 << 18}
@@ -98,6 +99,7 @@ def explicit_packed(
     *,
     scale: float,
     dropout: float,
+    rows: tuple[Rows | None, Rows | None] = (None, None),
 ) -> Tensor:
     """Dot-product attention from joined projections, joined heads [B, T, H * V] out.
 
@@ -105,8 +107,11 @@ def explicit_packed(
         query_BTC: the queries, [B, T, H * K]; None where they stand in ``packed_BSC``.
         packed_BSC: queries (if not given), keys and values side by side.
         widths: K and V.
+        rows: given if the queries' side (and so the output) or that of the keys are rows instead,
+            [R, C].
     """
-    return _Packed.apply(query_BTC, packed_BSC, mask, num_heads, widths, scale, dropout)  # type: ignore[no-any-return, no-untyped-call]
+    settings = mask, num_heads, widths, scale, dropout, rows
+    return _Packed.apply(query_BTC, packed_BSC, *settings)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def split_heads(packed_BLC: Tensor, num_heads: int, widths: Sequence[int]) -> Sequence[Tensor]:
@@ -139,9 +144,8 @@ _SAFE_SUMS = 1e-20, 1e20
 
 def _scores(query_NTK: Tensor, key_NSK: Tensor, scale: float) -> Tensor:
     """Scaled scores [N, T, S], float32 at least."""
-    scores_NTS = query_NTK.new_empty((*query_NTK.shape[:2], key_NSK.size(1)))
-    scores_NTS.baddbmm_(query_NTK, key_NSK.transpose(1, 2), beta=0, alpha=scale)
-    return scores_NTS.to(_precise(query_NTK))
+    scores_NTS = torch.bmm(query_NTK, key_NSK.transpose(1, 2)).to(_precise(query_NTK))
+    return scores_NTS if scale == 1 else scores_NTS.mul_(scale)
 
 
 def _weights(
@@ -224,13 +228,16 @@ def _gradients(ctx: Any, grad_NTV: Tensor, into: Sequence[Tensor]) -> None:
         grad_NTS.mul_(drop)
     # Softmax: dS = P * dP - P * sum_s(P dP). In float32: in bfloat16 each of these takes longer
     # than a cast, and what comes of rows as short as a sentence ten times as long.
+    # (Scaled here and not by a factor of the products: oneDNN compiles one with a factor anew.)
     precise = _precise(grad_NTS)
     weights_NTS = weights_NTS.to(precise)
     grad_NTS = grad_NTS.to(precise).mul_(weights_NTS)
     grad_NTS.addcmul_(weights_NTS, grad_NTS.sum(-1, keepdim=True), value=-1)
+    if ctx.scale != 1:
+        grad_NTS.mul_(ctx.scale)
     grad_NTS = grad_NTS.to(query_NTK.dtype)
-    grad_query.baddbmm_(grad_NTS, key_NSK, beta=0, alpha=ctx.scale)
-    grad_key.baddbmm_(grad_NTS.transpose(1, 2), query_NTK, beta=0, alpha=ctx.scale)
+    torch.bmm(grad_NTS, key_NSK, out=grad_query)
+    torch.bmm(grad_NTS.transpose(1, 2), query_NTK, out=grad_key)
 
 
 def _as_given(sample: Tensor) -> AbstractContextManager[object]:
@@ -291,37 +298,46 @@ class _Packed(torch.autograd.Function):
         widths: tuple[int, int],
         scale: float,
         dropout: float,
+        rows: tuple[Rows | None, Rows | None],
     ) -> Tensor:
+        ctx.is_self, ctx.rows = query_BTC is None, rows
         with _as_given(packed_BSC):
+            packed_BSC = _sequences(packed_BSC, rows[1])
             if query_BTC is None:
                 parts = _unpacked(packed_BSC, num_heads, (widths[0], *widths))
             else:
+                query_BTC = _sequences(query_BTC, rows[0])
                 parts = [
                     *_unpacked(query_BTC, num_heads, widths[:1]),
                     *_unpacked(packed_BSC, num_heads, widths),
                 ]
-            ctx.is_self = query_BTC is None
             query_NTK, key_NSK, value_NSV = parts
             output_NTV = _attended(
                 ctx, query_NTK, key_NSK, value_NSV, mask, num_heads, scale, dropout
             )
-            return join_heads(_by_head(output_NTV, num_heads))
+            return _Parts([output_NTV], num_heads, output_NTV[None]).packed(rows[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor | None, ...]:
         query_NTK, key_NSK, value_NSV, *_ = ctx.saved_tensors
-        num_heads = ctx.num_heads
+        num_heads, (rows, key_rows) = ctx.num_heads, ctx.rows
         with _as_given(grad_BTC):
+            grad_BTC = _sequences(grad_BTC, rows)
             (grad_NTV,) = _unpacked(grad_BTC, num_heads, (value_NSV.size(-1),))
             if ctx.is_self:
                 joined = _Parts.like([query_NTK, key_NSK, value_NSV], num_heads)
                 _gradients(ctx, grad_NTV, joined.each)
-                return None, joined.packed(), None, None, None, None, None
+                return None, joined.packed(rows), None, None, None, None, None, None
             query = _Parts.like([query_NTK], num_heads)
             joined = _Parts.like([key_NSK, value_NSV], num_heads)
             _gradients(ctx, grad_NTV, [*query.each, *joined.each])
-            return query.packed(), joined.packed(), None, None, None, None, None
+            grads = query.packed(rows), joined.packed(key_rows)
+            return *grads, None, None, None, None, None, None
+
+
+def _sequences(states: Tensor, rows: Rows | None) -> Tensor:
+    return states if rows is None else rows.split(states)
 
 
 def _unpacked(packed_BLC: Tensor, num_heads: int, widths: Sequence[int]) -> Sequence[Tensor]:
@@ -348,14 +364,26 @@ class _Parts(NamedTuple):
         whole_PNLK = parts[0].new_empty((len(parts), *parts[0].shape))
         return cls(whole_PNLK.unbind(0), num_heads, whole_PNLK)
 
-    def packed(self) -> Tensor:
-        """A copy [B, L, H * widths]; one step where they are of one storage."""
-        if self.whole_PNLK is None:
-            joined = [_by_head(part, self.num_heads) for part in self.each]
-            return torch.cat([join_heads(part_BHLK) for part_BHLK in joined], dim=2)
-        num_parts, rows, length, width = self.whole_PNLK.shape
-        shape = num_parts, rows // self.num_heads, self.num_heads, length, width
-        return self.whole_PNLK.view(shape).permute(1, 3, 0, 2, 4).flatten(2)
+    def packed(self, rows: Rows | None) -> Tensor:
+        """A copy [B, L, H * widths] or of rows; one step where they are of one storage."""
+        num_rows, length, _ = self.each[0].shape
+        num_batch = num_rows // self.num_heads
+        columns = [self.num_heads * part.size(2) for part in self.each]
+        if rows is None:
+            packed = place_BLC = self.each[0].new_empty((num_batch, length, sum(columns)))
+        else:
+            packed, place_BLC = rows.room(self.each[0], sum(columns))
+        if self.whole_PNLK is not None:
+            num_parts, width = len(columns), self.whole_PNLK.size(3)
+            shape = num_parts, num_batch, self.num_heads, length, width
+            place_BLPHK = place_BLC.view(num_batch, length, num_parts, self.num_heads, width)
+            place_BLPHK.copy_(self.whole_PNLK.view(shape).permute(1, 3, 0, 2, 4))
+            return packed
+        for part, place in zip(self.each, torch.split(place_BLC, columns, dim=2), strict=True):
+            place.view(num_batch, length, self.num_heads, -1).copy_(
+                _by_head(part, self.num_heads).transpose(1, 2)
+            )
+        return packed
 
 
 def additive_scores(query_BHTK: Tensor, key_BHSK: Tensor, weight_HK: Tensor) -> Tensor:

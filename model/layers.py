@@ -27,6 +27,7 @@ from model.packed import (
     packed_encoder_layer,
     packed_positions,
 )
+from model.rows import Rows
 
 
 @lru_cache(maxsize=16)
@@ -150,12 +151,18 @@ class EncoderLayer(_Layer):
         states_BSD: Tensor,
         mask: Tensor | PackedLayer | None,
         record: list[Tensor] | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        """One layer over the source; ``mask`` hides padding, ``record`` takes the weights."""
+        """One layer over the source; ``mask`` hides padding, ``record`` takes the weights.
+
+        ``rows`` are given if states are rows, [R, D].
+        """
         if isinstance(mask, PackedLayer):
             return packed_encoder_layer(self, states_BSD, mask)
         states_BSD = self.residual(
-            states_BSD, self.attention_norm, lambda x: self.attention(x, None, mask, record=record)
+            states_BSD,
+            self.attention_norm,
+            lambda x: self.attention(x, None, mask, record=record, rows=rows),
         )
         return self.residual(states_BSD, self.feed_forward_norm, self.feed_forward)
 
@@ -175,6 +182,8 @@ class DecoderLayer(_Layer):
         memory_mask: Tensor | PackedLayer | None,
         record: list[Tensor] | None = None,
         cross_record: list[Tensor] | None = None,
+        rows: Rows | None = None,
+        memory_rows: Rows | None = None,
     ) -> Tensor:
         """One layer over the target and, through ``memory_BSD``, the source."""
         if isinstance(memory_mask, PackedLayer):
@@ -182,12 +191,14 @@ class DecoderLayer(_Layer):
         states_BTD = self.residual(
             states_BTD,
             self.attention_norm,
-            lambda x: self.attention(x, causal=True, record=record),
+            lambda x: self.attention(x, causal=True, record=record, rows=rows),
         )
         states_BTD = self.residual(
             states_BTD,
             self.cross_norm,
-            lambda x: self.cross(x, memory_BSD, memory_mask, record=cross_record),
+            lambda x: self.cross(
+                x, memory_BSD, memory_mask, record=cross_record, rows=rows, memory_rows=memory_rows
+            ),
         )
         return self.residual(states_BTD, self.feed_forward_norm, self.feed_forward)
 

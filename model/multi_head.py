@@ -15,6 +15,7 @@ from model.decoding import Places
 from model.linear import Linear
 from model.masks import self_mask
 from model.packed import Segments, packed_attention
+from model.rows import Rows
 
 
 class MultiHeadAttention(nn.Module):
@@ -74,6 +75,8 @@ class MultiHeadAttention(nn.Module):
         *,
         causal: bool = False,
         record: list[Tensor] | None = None,
+        rows: Rows | None = None,
+        memory_rows: Rows | None = None,
     ) -> Tensor:
         """Attend from every position.
 
@@ -84,29 +87,41 @@ class MultiHeadAttention(nn.Module):
                 sequences ([N, D] instead of [B, T, D]), where they begin.
             causal: hide later positions (self-attention, with no ``mask``).
             record: a list to which the weights [B, H, T, S] are appended; slower.
+            rows: given if inputs and output are rows, [R, D].
+            memory_rows: likewise of the memory.
         """
         if isinstance(mask, Segments):
             return packed_attention(self, inputs_BTD, memory_BSD, mask, causal=causal)
         if memory_BSD is None:
             query_BTC, packed_BSC = None, self.query_key_value(inputs_BTD)
+            memory_rows = rows
         else:
             query_BTC, packed_BSC = self.query(inputs_BTD), self.key_value(memory_BSD)
+        length = inputs_BTD.size(1) if rows is None else rows.length
+        num_keys = packed_BSC.size(1) if memory_rows is None else memory_rows.length
         dropout = self.dropout if self.training else 0.0
         widths = self.key_width, self.value_width
         scale = self.score.plain_scale(self.key_width)
-        whole = record is None and not self.score.in_blocks(inputs_BTD.size(1), self.radius)
-        if scale is not None and whole and _explicit(inputs_BTD.size(1), packed_BSC):
-            mask = self_mask(
-                mask, inputs_BTD.size(1), inputs_BTD.device, causal=causal, radius=self.radius
-            )
+        whole = record is None and not self.score.in_blocks(length, self.radius)
+        if scale is not None and whole and _explicit(packed_BSC, length, num_keys):
+            mask = self_mask(mask, length, inputs_BTD.device, causal=causal, radius=self.radius)
             joined_BTC = explicit_packed(
-                query_BTC, packed_BSC, mask, self.num_heads, widths, scale=scale, dropout=dropout
+                query_BTC,
+                packed_BSC,
+                mask,
+                self.num_heads,
+                widths,
+                scale=scale,
+                dropout=dropout,
+                rows=(rows, memory_rows),
             )
             return self.output(joined_BTC)  # type: ignore[no-any-return]
+        if memory_rows is not None:
+            packed_BSC = memory_rows.split(packed_BSC)
         if query_BTC is None:
             query, key, value = split_heads(packed_BSC, self.num_heads, (widths[0], *widths))
         else:
-            query = self._query_heads(query_BTC)
+            query = self._query_heads(query_BTC if rows is None else rows.split(query_BTC))
             key, value = split_heads(packed_BSC, self.num_heads, widths)
         # As a module only where it has parameters. Else it would be called or not by the length of
         # a batch, and ZeRO 3, which gathers in the order in which modules are called, would have
@@ -122,7 +137,8 @@ class MultiHeadAttention(nn.Module):
             dropout=dropout,
             record=record,
         )
-        return self.output(join_heads(result_BHTV))  # type: ignore[no-any-return]
+        joined_BTC = join_heads(result_BHTV)
+        return self.output(joined_BTC if rows is None else rows.join(joined_BTC))  # type: ignore[no-any-return]
 
     def _query_heads(self, query_BTC: Tensor) -> Tensor:
         """[B, T, H * K] to [B, H, T, K] (a view)."""
@@ -175,9 +191,9 @@ class MultiHeadAttention(nn.Module):
         return self.output(join_heads(result_BHJV).flatten(0, 1))  # type: ignore[no-any-return]
 
 
-def _explicit(num_queries: int, packed_BSC: Tensor) -> bool:
-    device, dtype, num_keys = packed_BSC.device, packed_BSC.dtype, packed_BSC.size(1)
-    return use_explicit(device, dtype, num_queries, num_keys, gradients=torch.is_grad_enabled())
+def _explicit(sample: Tensor, num_queries: int, num_keys: int) -> bool:
+    device, gradients = sample.device, torch.is_grad_enabled()
+    return use_explicit(device, sample.dtype, num_queries, num_keys, gradients=gradients)
 
 
 def _by_sentence(projected_NC: Tensor, sample: Tensor) -> Tensor:

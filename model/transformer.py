@@ -19,6 +19,7 @@ from model.encoder_decoder import EncoderDecoder
 from model.layers import DecoderLayer, EncoderLayer, Positions
 from model.loss import PAD_ID
 from model.packed import Packing, call_layer, packed_states
+from model.rows import Rows, rows_of
 
 
 class Transformer(EncoderDecoder):
@@ -42,8 +43,11 @@ class Transformer(EncoderDecoder):
 
     def states(self, source_BS: Tensor, target_in_BT: Tensor) -> Tensor:
         """Final decoder states [B, T, D]."""
-        memory_BSD, mask = self._encode(source_BS)
-        return self._decode(target_in_BT, memory_BSD, mask)
+        dtype = next(self.parameters()).dtype
+        rows = rows_of(target_in_BT, dtype), rows_of(source_BS, dtype)
+        memory, mask = self._encode(source_BS, rows=rows[1])
+        states = self._decode(target_in_BT, memory, mask, rows=rows)
+        return states if rows[0] is None else rows[0].split(states)
 
     def packed_states(self, source_M: Tensor, target_in_N: Tensor, packing: Packing) -> Tensor:
         """See ``EncoderDecoder``."""
@@ -96,15 +100,17 @@ class Transformer(EncoderDecoder):
         return self.decoder_norm(states_ND)  # type: ignore[no-any-return]
 
     def _encode(
-        self, source_BS: Tensor, record: list[Tensor] | None = None
+        self, source_BS: Tensor, record: list[Tensor] | None = None, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         keep_BS = source_BS != PAD_ID
         # Asking a GPU whether anything is padded would make the host wait for it.
         padded = source_BS.device.type != "cpu" or not bool(keep_BS.all())
         mask = padding_mask(keep_BS) if padded else None
         states_BSD = self.source_positions(self.matrix("source", source_BS, "embed"))
+        if rows is not None:
+            states_BSD = rows.join(states_BSD)
         for layer in self.encoder:
-            states_BSD = layer(states_BSD, mask, record)
+            states_BSD = layer(states_BSD, mask, record, rows)
         return self.encoder_norm(states_BSD), mask
 
     def _decode(
@@ -114,11 +120,14 @@ class Transformer(EncoderDecoder):
         memory_mask: Tensor | None,
         record: list[Tensor] | None = None,
         cross_record: list[Tensor] | None = None,
+        rows: tuple[Rows | None, Rows | None] = (None, None),
     ) -> Tensor:
         # Targets are padded on the right, so the causal mask alone hides padding from the rest.
         states_BTD = self.target_positions(self.matrix("target", target_in_BT, "embed"))
+        if rows[0] is not None:
+            states_BTD = rows[0].join(states_BTD)
         for layer in self.decoder:
-            states_BTD = layer(states_BTD, memory_BSD, memory_mask, record, cross_record)
+            states_BTD = layer(states_BTD, memory_BSD, memory_mask, record, cross_record, *rows)
         return self.decoder_norm(states_BTD)  # type: ignore[no-any-return]
 
 
