@@ -50,7 +50,11 @@ class TrainerConfig(BaseModel):
 
     # The step.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shares out over ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what DeepSpeed shares out over ranks: nothing (0), Adam's state (1), "
+        "gradients (2), weights (3). Higher ones save memory and send more",
+    )
     gradient_dtype: Literal["fp32", "bf16"] | None = Field(
         None,
         description="what gradients are rounded to while ranks sum them (bf16 halves what fp32 "

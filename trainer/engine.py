@@ -63,6 +63,8 @@ def deepspeed_config(config: TrainerConfig, *, world_size: int, on_cpu: bool) ->
             "stage": config.zero_stage,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
             "allgather_bucket_size": _BUCKET_ELEMENTS,
+            # Below 2 it cannot where gradient accumulation is the caller's.
+            "overlap_comm": config.zero_stage == 3 or (config.zero_stage == 2 and not on_cpu),
             # Copying gradients together spares a GPU's memory fragments; on a CPU it only costs.
             "contiguous_gradients": not (on_cpu and config.zero_stage < 2),
         },
@@ -203,6 +205,9 @@ class Engine:
         assert all(parameter.requires_grad for parameter in module.parameters()), (
             "a frozen parameter would be in no checkpoint"
         )
+        if world_size == 1 and config.zero_stage == 0:
+            # Nobody to share with: both hold everything, and stage 1 updates it as one tensor.
+            config = config.model_copy(update={"zero_stage": 1})
         self._config = config
         self._world_size = world_size
         self._rank = torch.distributed.get_rank()

@@ -30,6 +30,23 @@ def test_clipping_is_deepspeeds_but_for_plain_float32() -> None:
     assert deepspeed_config(plain, world_size=1, on_cpu=True)["gradient_clipping"] == 0.0
 
 
+def test_gradients_are_rounded_only_where_they_are_sent() -> None:
+    config = TrainerConfig(gradient_dtype="bf16")
+    alone = deepspeed_config(config, world_size=1, on_cpu=True)
+    joined = deepspeed_config(config, world_size=2, on_cpu=True)
+    assert "communication_data_type" not in alone
+    assert joined["communication_data_type"] == "bf16"
+    default = deepspeed_config(TrainerConfig(), world_size=2, on_cpu=True)
+    assert "communication_data_type" not in default
+
+
+@pytest.mark.parametrize(("stage", "overlaps"), [(0, False), (1, False), (2, True), (3, True)])
+def test_deepspeed_overlaps_where_it_can(stage: int, overlaps: bool) -> None:
+    config = TrainerConfig.model_validate({"zero_stage": stage})
+    values = deepspeed_config(config, world_size=2, on_cpu=False)
+    assert values["zero_optimization"]["overlap_comm"] is overlaps
+
+
 def test_fp16_on_a_cpu_is_refused_before_deepspeed_is_loaded() -> None:
     config = TrainerConfig(precision="fp16")
     with pytest.raises(UserError, match="fp16 is not supported on a CPU: use bf16"):
