@@ -198,9 +198,9 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace, scratch: Path) -> d
     summary = result.get("summary")
     if not summary:
         raise BenchmarkError("its result has no summary")
-    rows = [{"benchmark": benchmark.name, **row} for row in summary]
+    rows = [{**row, "benchmark": benchmark.name} for row in summary]
     head = {name: result.get(name) for name in ("command", "date", "commit", "machine")}
-    # What did not go in its own results is no row, but is not lost either: serving's errors.
+    # A result may be written and the status say that something is wrong with it: serving's errors.
     return {**head, "exit_status": process.returncode, "rows": rows}
 
 

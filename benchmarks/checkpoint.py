@@ -30,6 +30,7 @@ from common import (
     default_corpora,
     machine,
     one_rank,
+    row,
     write_result,
 )
 
@@ -155,7 +156,18 @@ def main() -> None:
         f"share of the time between saves every {interval} steps: at most {worst:.3%}, "
         f"goal {GOAL:.0%}: {'met' if worst <= GOAL else 'NOT met'}"
     )
-    write_result(arguments.output, before, {"interval_steps": interval, "runs": results})
+    summary = [
+        row(
+            f"{name}: training stands still a save",
+            Spread(**found["stall_s"]),
+            "s",
+            higher_is_better=False,
+        )
+        for name, found in results.items()
+    ]
+    share = row("most of the time between saves", worst, "", goal=GOAL, higher_is_better=False)
+    content = {"interval_steps": interval, "runs": results, "summary": [*summary, share]}
+    write_result(arguments.output, before, content)
 
 
 if __name__ == "__main__":

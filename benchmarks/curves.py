@@ -29,6 +29,7 @@ from common import (
     ALLOCATOR,
     RESULTS,
     ROOT,
+    Spread,
     corpus_config,
     default_corpora,
     machine,
@@ -296,7 +297,7 @@ def main() -> None:
         summary.append(
             row(
                 f"{arguments.shape}, bf16: loss less {name}'s at equal tokens",
-                mean,
+                Spread(mean, min(late), max(late)),
                 "nats",
                 goal=TOLERANCE,
                 higher_is_better=False,

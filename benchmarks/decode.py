@@ -27,11 +27,13 @@ from typing import TYPE_CHECKING, Any
 from common import (
     RESULTS,
     Meter,
+    Spread,
     Worker,
     default_corpora,
     machine,
     rates,
     ratios,
+    row,
     take_turns,
     train_quickly,
     write_result,
@@ -389,7 +391,24 @@ def main() -> None:
         + ", ".join(f"{goal} of {name}: {medians[name]:.2f}" for name, goal in GOALS.items())
         + f" (load {before['load_average']:.1f})"
     )
-    write_result(arguments.output, before, {"goals": GOALS, "result": result})
+    content = {"goals": GOALS, "result": result, "summary": summarize(result)}
+    write_result(arguments.output, before, content)
+
+
+def summarize(result: dict[str, Any]) -> list[dict[str, object]]:
+    """The rows of the table of all benchmarks."""
+    ours, *others = result["contestants"]
+    return [
+        row(
+            "beam 4, fp32",
+            Spread(**ours["sentences_per_cpu_s"]),
+            "sentences/CPU s",
+            ratio=Spread(**other["babelray_fp32_is_times_as_fast"]),
+            against=other["name"],
+            goal=GOALS.get(other["name"]),
+        )
+        for other in others
+    ]
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from common import (
     one_rank,
     rates,
     ratios,
+    row,
     take_turns,
     write_result,
 )
@@ -276,6 +277,16 @@ def main() -> None:
                 kind: [asdict(turn) for turn in own]
                 for kind, own in zip(("watched", "unwatched"), turns, strict=True)
             },
+            "summary": [
+                row(
+                    f"{arguments.preset}, bf16, watched",
+                    watched,
+                    "tokens/CPU s",
+                    ratio=ratio,
+                    against="not watched",
+                    goal=GOAL,
+                )
+            ],
         },
     )
 

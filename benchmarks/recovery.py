@@ -28,7 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, Spread, machine, write_result
+from common import RESULTS, ROOT, Spread, machine, row, write_result
 
 from data_shards.shards import prepare
 from trainer.config import RunConfig, load_config
@@ -234,6 +234,17 @@ def main() -> None:
             "goal": GOAL,
             "kills": recoveries,
             "starts": starts,
+            "summary": [
+                row(
+                    "kill of a rank to the next step",
+                    spreads["babelray"],
+                    "s",
+                    ratio=ratio,
+                    against="stock Ray Train",
+                    goal=GOAL,
+                    higher_is_better=False,
+                )
+            ],
         },
     )
 

@@ -28,7 +28,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
-from common import RESULTS, ROOT, default_corpora, machine, train_quickly, write_result
+from common import RESULTS, ROOT, default_corpora, machine, row, train_quickly, write_result
 
 from data_shards.manifest import Manifest
 from trainer.run import read_config
@@ -219,6 +219,7 @@ def measure(run: Path, arguments: argparse.Namespace) -> None:
             f"{result['server_cores']:5.2f} {result['p50_ms']:5.0f}  {result['p95_ms']:5.0f}  "
             f"{result['p99_ms']:5.0f}"
         )
+    batching, alone = results.values()
     different = sum(first[sentence] != second[sentence] for sentence in both)
     print(f"{different} of {len(both)} sentences translated otherwise in a batch")
     write_result(
@@ -234,6 +235,16 @@ def measure(run: Path, arguments: argparse.Namespace) -> None:
             "corpus": corpus.data.corpus,
             "translated_otherwise": {"sentences": len(both), "different": different},
             "servers": results,
+            "summary": [
+                row(
+                    f"{arguments.clients} clients",
+                    batching["requests_per_s"],
+                    "requests/s",
+                    ratio=batching["requests_per_s"] / alone["requests_per_s"],
+                    against="one at a time",
+                ),
+                row("p99", batching["p99_ms"], "ms", higher_is_better=False),
+            ],
         },
     )
     if any(result["errors"] for result in results.values()):

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, corpus_config, default_corpora, machine, write_result
+from common import RESULTS, Spread, corpus_config, default_corpora, machine, row, write_result
 
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
@@ -248,6 +248,35 @@ def main() -> None:
         "goal_tokens_per_s": GOAL_TOKENS_PER_S,
         "stream": [asdict(result) for result in streams],
         "plan": plans,
+        "summary": [
+            *(
+                row(
+                    result.case.name,
+                    Spread(
+                        result.tokens_per_s,
+                        result.tokens_per_s_lowest,
+                        result.tokens_per_s_highest,
+                    ),
+                    "tokens/s",
+                    goal=GOAL_TOKENS_PER_S,
+                )
+                for result in streams
+            ),
+            *(
+                row(
+                    f"plan of {arguments.pairs:,} pairs, {plan['lanes']} lanes: {what}",
+                    float(str(plan[value])),
+                    unit,
+                    goal=goal,
+                    higher_is_better=False,
+                )
+                for plan in plans
+                for what, value, unit, goal in (
+                    ("made", "build_cpu_s", "CPU s", None),
+                    ("memory", "peak_mib", "MiB", 1024),
+                )
+            ),
+        ],
     }
     write_result(arguments.output, before, content)
 

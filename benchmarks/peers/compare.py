@@ -13,13 +13,16 @@ processors, both precisions are measured. How each is called is in its script be
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from environments import DEFAULT, NotInstalled, python_of
@@ -142,7 +145,7 @@ def compare(
     pythons: dict[Peer, Path],
     skipped: dict[str, str],
     folder: Path,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One shape, this trainer and each other in turns; prints and returns the rows of its table.
 
     A peer that does not come to train, or stops, is put into ``skipped`` with its reason.
@@ -184,6 +187,7 @@ def compare(
     measured: dict[str, tuple[list[Turn], list[Turn]]] = {}
     ours = our_worker(configs["bf16"], root)
     try:
+        ours.turn(2 * shape.seconds)
         for name, start in contestants(configs, pythons, job, root):
             try:
                 other = start()
@@ -191,6 +195,8 @@ def compare(
                 skip(skipped, f"{name}, {shape.preset}", error)
                 continue
             try:
+                # Matrix products in bfloat16 are compiled for each shape of batch that comes.
+                other.turn(2 * shape.seconds)
                 pair = [ours, other]
                 own, others = take_turns(
                     pair, rounds=shape.rounds, seconds=shape.seconds, say=print
@@ -226,6 +232,8 @@ def compare(
             summary.append(line)
     return {
         "shape": shape.preset,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "load_average": os.getloadavg()[0],
         "corpus": data.corpus,
         "pairs": manifest.num_pairs,
         "vocabulary_size": manifest.vocabulary_size,
@@ -294,10 +302,23 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         results = [compare(shape, arguments, pythons, skipped, Path(folder)) for shape in shapes]
-    summary = [line for result in results for line in result.pop("summary")]  # type: ignore[attr-defined]
-    versions = {peer.name: pinned(peer) for peer in pythons}
-    content = {"versions": versions, "skipped": skipped, "results": results, "summary": summary}
+    results = [*kept(arguments.output, wanted), *results]
+    results.sort(key=lambda result: [shape.preset for shape in SHAPES].index(str(result["shape"])))
+    content = {
+        "versions": {peer.name: pinned(peer) for peer in PEERS},
+        "skipped": skipped,
+        "results": results,
+        "summary": [line for result in results for line in result["summary"]],
+    }
     write_result(arguments.output, before, content)
+
+
+def kept(output: Path, wanted: list[str]) -> list[dict[str, Any]]:
+    """Shapes that the file has from another run, with their own dates."""
+    if not output.is_file():
+        return []
+    results: list[dict[str, Any]] = json.loads(output.read_text())["results"]
+    return [result for result in results if result["shape"] not in wanted]
 
 
 def pinned(peer: Peer) -> str:
