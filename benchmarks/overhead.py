@@ -1,18 +1,23 @@
 """What DeepSpeed, the trainer's loop and Ray cost: the same model trained in four ways, in turns.
 
     python benchmarks/overhead.py          # prints a table, writes benchmarks/results/overhead.json
+    python benchmarks/overhead.py --workers 2 --output benchmarks/results/overhead-2.json
 
   bare       a plain PyTorch loop of this model on batches that lie ready in memory: the same
              precision (bfloat16 weights with float32 masters by hand), Adam and clipping,
              under the same settings of the allocator
   engine     the same batches through DeepSpeed (trainer.engine)
   loop       the trainer's whole loop in one process: plan, stream, events, metrics, DeepSpeed
-  command    ``babelray train`` with one worker: the same under Ray
+  command    ``babelray train``: the same under Ray
+
+With ``--workers 2`` the bare loop has two processes as well, each with its own lanes, which add up
+their gradients in one all-reduce a step (gloo); engine and loop are left out. What is compared with
+is then all the processor time of these two.
 
 Rates are real source and target tokens per second of processor time. For the command it is taken
-between two logged steps in the middle of the run: of the worker alone, and of every process that
-the command started. Its worker is stopped (SIGSTOP) while the others have their turns; Ray's other
-processes go on, as they would be out of step with each other if they were stopped too.
+between two logged steps in the middle of the run: of the workers alone, and of every process that
+the command started. Its workers are stopped (SIGSTOP) while the others have their turns; Ray's
+other processes go on, as they would be out of step with each other if they were stopped too.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from common import (
@@ -45,29 +52,87 @@ from common import (
     one_rank,
     rates,
     ratios,
+    row,
     take_turns,
     write_result,
 )
 from train import run_config, train_ours
 
 from data_shards.manifest import Manifest
-from data_shards.plan import Plan
+from data_shards.plan import Plan, lanes_of_rank
 from data_shards.shards import prepare
 from data_shards.stream import StepBatches, Stream
 from model.config import ModelConfig
-from trainer.config import RunConfig, TrainerConfig
+from trainer.config import RecoveryConfig, RunConfig, TrainerConfig
 from trainer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    import torch
 
 GOAL = 0.95
 _ENDLESS = 1_000_000_000
 _START_S = 300
+_BARE_RANK = "BENCHMARK_BARE_RANK"
 
 
-def ready_batches(config: RunConfig, manifest: Manifest) -> list[StepBatches]:
-    """An epoch's batches in memory."""
+def ready_batches(
+    config: RunConfig, manifest: Manifest, rank: int = 0, world_size: int = 1
+) -> list[StepBatches]:
+    """An epoch's batches of a rank in memory."""
     plan = Plan.of(manifest, config.data, config.trainer.seed)
-    with Stream(manifest, plan, range(plan.lanes), 0, prefetch_steps=8) as stream:
+    lanes = lanes_of_rank(rank, world_size, plan.lanes)
+    with Stream(manifest, plan, lanes, 0, prefetch_steps=8) as stream:
         return [next(stream) for _ in range(plan.steps_per_epoch)]
+
+
+class Peers:
+    """The ranks of a bare loop: what one would write by hand, an all-reduce of all gradients."""
+
+    def __init__(self, run_dir: Path) -> None:
+        given = run_dir / "workers"
+        self.world_size = int(given.read_text()) if given.exists() else 1
+        self.rank = int(os.environ.get(_BARE_RANK, "0"))
+        self.others_cpu_s = 0.0
+        if self.world_size == 1:
+            return
+        import torch.distributed
+
+        if self.rank == 0:
+            for rank in range(1, self.world_size):
+                subprocess.Popen(
+                    [sys.executable, *sys.argv],
+                    env={**os.environ, _BARE_RANK: str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                )
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{run_dir.absolute()}/bare-rendezvous",
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def add_up(self, parameters: Sequence[torch.nn.Parameter], loss_sum: float) -> float:
+        """Gradients become their sums over all ranks; the loss summed over them.
+
+        With it come the other ranks' processor seconds, for rank 0's meter.
+        """
+        if self.world_size == 1:
+            return loss_sum
+        import torch
+        import torch.distributed
+
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        shaped = [part.view_as(one) for part, one in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(gradients, shaped)
+        own_cpu_s = 0.0 if self.rank == 0 else time.process_time()
+        numbers = torch.tensor([loss_sum, own_cpu_s], dtype=torch.float64)
+        torch.distributed.all_reduce(numbers)
+        total, self.others_cpu_s = numbers.tolist()
+        return float(total)
 
 
 def train_bare(run_dir: Path, meter: Meter) -> None:
@@ -81,7 +146,13 @@ def train_bare(run_dir: Path, meter: Meter) -> None:
     config = run_config(run_dir)
     trainer = config.trainer
     manifest = Manifest.load(config.data.folder())
-    batches = ready_batches(config, manifest)
+    peers = Peers(run_dir)
+    plan = Plan.of(manifest, config.data, trainer.seed)
+    batches = ready_batches(config, manifest, peers.rank, peers.world_size)
+    if peers.rank > 0:
+        meter = Silent()
+    else:
+        meter._clock = lambda: time.process_time() + peers.others_cpu_s
     torch.manual_seed(trainer.seed)
     model = build(config.model, manifest.vocabulary_size).train()
     masters = list(model.parameters())
@@ -99,8 +170,8 @@ def train_bare(run_dir: Path, meter: Meter) -> None:
     )
     meter.start()
     for update, step in enumerate(cycle(batches), 1):
-        source_tokens = sum(batch.num_source_tokens for batch in step.batches)
-        target_tokens = sum(batch.num_target_tokens for batch in step.batches)
+        source_tokens = plan.source_tokens(step.step)
+        target_tokens = plan.target_tokens(step.step)
         loss_sum = 0.0
         for batch in step.batches:
             loss, _ = model.training_loss(
@@ -108,7 +179,7 @@ def train_bare(run_dir: Path, meter: Meter) -> None:
             )
             (loss / target_tokens).backward()
             loss_sum += loss.item()
-        assert loss_sum < float("inf")
+        assert peers.add_up(parameters, loss_sum) < float("inf")
         if masters[0] is not parameters[0]:
             for master, parameter in zip(masters, parameters, strict=True):
                 assert parameter.grad is not None
@@ -157,23 +228,38 @@ def train_engine(run_dir: Path, meter: Meter) -> None:
         meter.stepped(source_tokens + target_tokens)
 
 
+class Silent(Meter):
+    """Of a rank that nobody asks."""
+
+    def __init__(self) -> None:
+        """Nothing to answer to."""
+
+    def start(self) -> None:
+        """At once."""
+
+    def stepped(self, tokens: int) -> None:
+        """Go on."""
+
+
 WORKERS = {"bare": train_bare, "engine": train_engine, "loop": train_ours}
 
 
 class Command:
-    """``babelray train`` with one worker; a contestant that is stopped between its turns.
+    """``babelray train``; a contestant whose workers are stopped between its turns.
 
-    A turn begins and ends with a logged step. Its ``cpu_s`` is that of all processes; the worker's
+    A turn begins and ends with a logged step. Its ``cpu_s`` is that of all processes; the workers'
     own share is in ``worker_turns``.
     """
 
-    def __init__(self, name: str, run_dir: Path) -> None:
+    def __init__(self, name: str, run_dir: Path, workers: int) -> None:
         self.name = name
+        self._num_workers = workers
         self.worker_turns: list[Turn] = []
         self.cpu_s: Counter[str] = Counter()  # by process
         self._events = run_dir / "runs" / "overhead" / "events.jsonl"
         self._log = run_dir / "command.log"
-        command = ["train", "--config", "config.json", "--name", "overhead", "--workers", "1"]
+        command = ["train", "--config", "config.json", "--name", "overhead"]
+        command += ["--workers", str(workers)]
         with self._log.open("w") as log:
             self._process = psutil.Popen(
                 [sys.executable, "-m", "cluster.cli", *command],
@@ -186,31 +272,35 @@ class Command:
         self._tokens, self._steps = 0, 0
         try:
             self._wait(lambda: self._steps > 0)
-            self._worker = self._find_worker()
+            self._workers = [self._find_worker(rank) for rank in range(workers)]
         except BaseException:
             self.close()
             raise
-        self._worker.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> Turn:
         """See ``Contestant``."""
-        self._worker.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         self._wait(lambda: True)
         before, began = self._times(), time.perf_counter()
         tokens, steps = self._tokens, self._steps
 
+        pids = {worker.pid for worker in self._workers}
+
         def worked() -> bool:
-            return _cpu_s(self._worker) - before[self._worker.pid][1] >= seconds
+            used = sum(_cpu_s(worker) - before[worker.pid][1] for worker in self._workers)
+            return used >= seconds
 
         self._wait(worked)
         after, wall_s = self._times(), time.perf_counter() - began
-        self._worker.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         spent: dict[int, float] = {}
         for pid, (name, cpu_s) in after.items():
             spent[pid] = cpu_s - before.get(pid, ("", 0.0))[1]
-            self.cpu_s["worker" if pid == self._worker.pid else name] += spent[pid]
+            self.cpu_s["worker" if pid in pids else name] += spent[pid]
         tokens, steps = self._tokens - tokens, self._steps - steps
-        self.worker_turns.append(Turn(tokens, steps, spent[self._worker.pid], wall_s))
+        own_s = sum(spent[pid] for pid in pids)
+        self.worker_turns.append(Turn(tokens, steps, own_s, wall_s))
         return Turn(tokens, steps, sum(spent.values()), wall_s)
 
     def close(self) -> None:
@@ -225,8 +315,12 @@ class Command:
             return []
         return [self._process, *self._process.children(recursive=True)]
 
-    def _find_worker(self) -> psutil.Process:
-        log = self._events.parent / "logs" / "rank-000.log"
+    def _signal(self, number: int) -> None:
+        for worker in self._workers:
+            worker.send_signal(number)
+
+    def _find_worker(self, rank: int) -> psutil.Process:
+        log = self._events.parent / "logs" / f"rank-{rank:03d}.log"
         found = re.search(r"process (\d+)", log.read_text())
         assert found is not None, log
         return psutil.Process(int(found[1]))
@@ -301,6 +395,7 @@ def main() -> None:
     parser.add_argument("--vocabulary-size", type=int, default=8000)
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--lanes", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=8, help="CPU seconds a turn")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -337,18 +432,27 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
         metrics_port=_free_port(),
         **stage,
     )
-    config = RunConfig(model=ModelConfig(preset=arguments.preset), data=data, trainer=trainer)
-    for kind in (*WORKERS, "command"):
+    # Ranks that are stopped while others have their turns do not answer for a while.
+    config = RunConfig(
+        model=ModelConfig(preset=arguments.preset),
+        data=data,
+        trainer=trainer,
+        recovery=RecoveryConfig(hang_timeout_s=600),
+    )
+    kinds = [*WORKERS] if arguments.workers == 1 else ["bare"]
+    for kind in (*kinds, "command"):
         (folder / kind).mkdir()
         (folder / kind / "config.json").write_text(config.to_json())
+        (folder / kind / "workers").write_text(str(arguments.workers))
     contestants: list[Worker | Command] = []
     try:
-        contestants += [Worker(kind, kind, folder / kind, like_ours=True) for kind in WORKERS]
-        command = Command("command", folder / "command")
+        contestants += [Worker(kind, kind, folder / kind, like_ours=True) for kind in kinds]
+        command = Command("command", folder / "command", arguments.workers)
         contestants.append(command)
         print(
             f"{arguments.preset}, {arguments.precision}, ZeRO {trainer.zero_stage}: {data.corpus}, "
-            f"{data.tokens_per_step} tokens a side and step in {data.lanes} batches"
+            f"{data.tokens_per_step} tokens a side and step in {data.lanes} batches, "
+            f"{arguments.workers} workers"
         )
         turns = take_turns(
             contestants, rounds=arguments.rounds, seconds=arguments.seconds, say=print
@@ -356,8 +460,8 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
     finally:
         for contestant in contestants:
             contestant.close()
-    measured = dict(zip(WORKERS, turns[:-1], strict=True))
-    measured["command, worker alone"] = command.worker_turns[-arguments.rounds :]
+    measured = dict(zip(kinds, turns[:-1], strict=True))
+    measured["command, workers alone"] = command.worker_turns[-arguments.rounds :]
     measured["command, all processes"] = turns[-1]
     rows = []
     print(f"  {'':24}{'tokens/CPU s':>14}{'lowest':>9}{'highest':>9}{'ratio':>8}{'ms/step':>9}")
@@ -382,6 +486,15 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
     busy = {name: cpu_s / wall_s for name, cpu_s in command.cpu_s.most_common() if cpu_s > 0}
     print("  the command's processes, part of a core while it runs:")
     print("  " + ", ".join(f"{name} {part:.3f}" for name, part in busy.items()))
+    others = sum(part for name, part in busy.items() if name != "worker")
+    alone = rows[-2]["ratio"]["median"]  # type: ignore[index]
+    # What it is where each worker has a core: the others' time is by the clock, and here it may be
+    # that the workers had to share theirs.
+    reckoned = alone / (1 + others / arguments.workers)
+    print(
+        f"  beside the workers {others:.3f} of a core; with a core for each worker that makes "
+        f"{reckoned:.3f}"
+    )
     achieved = rows[-1]["ratio"]["median"]  # type: ignore[index]
     print(f"goal {GOAL} of the bare loop: {achieved:.3f} (load {before['load_average']:.1f})")
     write_result(
@@ -394,7 +507,22 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
                 mode="json", exclude={"evaluation": True, "data": {"root", "mirror"}}
             ),
             "contestants": rows,
+            "workers": arguments.workers,
             "cores_busy": busy,
+            "cores_busy_beside_the_workers": others,
+            "ratio_with_a_core_for_each_worker": reckoned,
+            "summary": [
+                row(
+                    name,
+                    rates(own),
+                    "tokens/CPU s",
+                    ratio=ratios(own, turns[0]),
+                    against="bare loop",
+                    goal=GOAL if name == "command, all processes" else None,
+                )
+                for name, own in measured.items()
+                if name != "bare"
+            ],
         },
     )
 

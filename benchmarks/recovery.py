@@ -119,6 +119,11 @@ class Run:
             start_new_session=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """The command's process."""
+        return self._process.pid
+
     def step_after(self, moment: float) -> dict[str, Any]:
         """The first step logged after ``moment`` (Unix time)."""
         return self._wait(
