@@ -75,6 +75,9 @@ class DataConfig(BaseModel):
     )
     window_pairs: int = Field(65_536, ge=1, description="pairs that are sorted by length together")
     prefetch_steps: int = Field(8, ge=1, le=1024, description="steps read ahead of training")
+    shards_url: str | None = Field(
+        None, description="where the folder's shards lie instead of in it (http, https, gs, s3)"
+    )
     cache_dir: Path | None = Field(None, description="where remote shards are kept once fetched")
 
     @model_validator(mode="after")

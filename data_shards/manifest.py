@@ -124,6 +124,7 @@ class Manifest:
         sha256: of the bytes of ``manifest.json``: the identity of the data, in hex.
         lengths: uint16 ``[num_pairs, 2]``, source and target length with the end sign.
         blocks: structured array of :data:`BLOCK_DTYPE`, in order of writing.
+        shards_url: where the folder's shards lie instead of in it, if they do.
     """
 
     folder: Path
@@ -131,10 +132,11 @@ class Manifest:
     sha256: str
     lengths: npt.NDArray[np.uint16]
     blocks: npt.NDArray[np.void]
+    shards_url: str | None = None
 
     @classmethod
-    def load(cls, folder: Path | str) -> Manifest:
-        """Open the prepared corpus in ``folder``.
+    def load(cls, folder: Path | str, shards_url: str | None = None) -> Manifest:
+        """Open the prepared corpus in ``folder``, its shards perhaps elsewhere.
 
         Raises:
             DataError: nothing was prepared there, or what is there is of another format, cut
@@ -153,7 +155,7 @@ class Manifest:
             or int(blocks["num_pairs"].sum(dtype=np.int64)) != data.num_pairs
         ):
             raise _contradiction(folder, data.index.blocks.file)
-        return cls(folder, data, digest, lengths, blocks)
+        return cls(folder, data, digest, lengths, blocks, shards_url)
 
     @property
     def num_pairs(self) -> int:
@@ -181,7 +183,9 @@ class Manifest:
         return self.data.vocabulary.size
 
     def shard_path(self, shard: int) -> str:
-        """Path of the tar that ``blocks["shard"]`` numbers."""
+        """Path or URL of the tar that ``blocks["shard"]`` numbers."""
+        if self.shards_url is not None:
+            return f"{self.shards_url.rstrip('/')}/{self.data.shards[shard].file}"
         return str(self.folder / self.data.shards[shard].file)
 
     def split_text(self, split: SplitName) -> tuple[list[str], list[str]]:

@@ -282,6 +282,24 @@ class Plan:
             segments.append(Segment(int(self._block_order[place]), low - begin, high - low))
         return segments
 
+    def next_window(self, step: int, lane: int) -> int | None:
+        """The window that a lane opens after the one of its next batch, from ``step`` on.
+
+        None if it is not in what is left of the epoch or at the beginning of the next one: then it
+        has no other.
+        """
+        epoch, step_in_epoch = self.locate(step)
+        here = self._epoch(epoch).schedule[step_in_epoch:, lane]
+        for order in (here, None):
+            indices = self._epoch(epoch + 1).schedule[:, lane] if order is None else order
+            windows = self._batches.window[indices[indices >= 0]]
+            if order is not None:
+                current = windows[0] if len(windows) else -1
+            others = windows[windows != current]
+            if len(others):
+                return int(others[0])
+        return None
+
     # What the plan is worth.
 
     def padding_efficiency(self) -> tuple[float, float]:

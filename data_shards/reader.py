@@ -8,6 +8,7 @@ import io
 import logging
 import tarfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ class BlockReader:
         """Have the blocks' shards on this machine, fetched several at a time if they are remote."""
         self._store.ensure({int(self._manifest.blocks["shard"][block]) for block in blocks})
 
+    def fetch_ahead(self, blocks: Iterable[int], pool: ThreadPoolExecutor) -> None:
+        """Have the blocks' shards fetched that come whole and are not here, one task each.
+
+        What goes wrong is met again, and told, by whoever reads a block.
+        """
+        for shard in sorted({int(self._manifest.blocks["shard"][block]) for block in blocks}):
+            if self._store.is_missing(shard) and not self._store.in_parts(shard):
+                pool.submit(self._store.path, shard)
+
     def read(self, block: int) -> Block:
         """Read, check and decode one block.
 
@@ -67,8 +77,19 @@ class BlockReader:
             raise self._error(block, shard, str(error)) from None
 
     def _read(self, block: int, row: Any) -> Block:
-        path = self._store.path(int(row["shard"]))
         offset, num_bytes = int(row["offset"]), int(row["bytes"])
+        expected, shard = row["sha256"].decode(), int(row["shard"])
+        data = None
+        if self._store.in_parts(shard):
+            data = self._store.read_part(shard, offset, num_bytes, expected)
+        if data is None:
+            data = self._read_local(self._store.path(shard), offset, num_bytes)
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise _BadBlockError(f"expected sha256 {expected}, found {found}")
+        return self._checked(block, row, _decode(data))
+
+    def _read_local(self, path: Path, offset: int, num_bytes: int) -> bytes:
         try:
             data = self._read_range(path, offset, num_bytes)
         except FileNotFoundError:
@@ -81,10 +102,10 @@ class BlockReader:
                 f"the file ends at byte {offset + len(data)}" if data else "the file ends before"
             )
             raise _BadBlockError(f"expected bytes {offset} to {end}, {found}")
-        expected, found = row["sha256"].decode(), hashlib.sha256(data).hexdigest()
-        if found != expected:
-            raise _BadBlockError(f"expected sha256 {expected}, found {found}")
-        decoded = _decode(data)
+        return data
+
+    def _checked(self, block: int, row: Any, decoded: Block) -> Block:
+        """The block, if it is what the index says."""
         if decoded.key != block_key(block):
             raise _BadBlockError(f"expected key {block_key(block)}, found {decoded.key}")
         first, num = int(row["first_pair"]), int(row["num_pairs"])

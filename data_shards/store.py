@@ -1,7 +1,12 @@
 """Where shards lie: local paths as they are, remote ones fetched once into a local cache.
 
-Transport is WebDataset's (``webdataset.gopen``): ``http(s)://`` through curl, ``gs://`` through
-gsutil, and whatever else its table of schemes knows; ``s3://`` through the ``aws`` command.
+A small shard is fetched whole. Of a large one behind ``http(s)://`` only the blocks that are needed
+are, by range, into a file with holes: a run's first step waits for its windows' blocks, not for all
+the shards that these are spread over. Every block is checked, so a hole is never taken for one.
+
+Transport of whole shards is WebDataset's (``webdataset.gopen``): ``http(s)://`` through curl,
+``gs://`` through gsutil, and whatever else its table of schemes knows; ``s3://`` through the
+``aws`` command.
 """
 
 from __future__ import annotations
@@ -12,13 +17,16 @@ import logging
 import os
 import shlex
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import Request, url2pathname, urlopen
 
 import webdataset
 
@@ -27,9 +35,18 @@ from data_shards.manifest import Manifest, ShardEntry
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # What curl's exit status 22 says: the server answered, and the answer was no (--fail).
 _CURL_REFUSED = 22
 _PIECE_BYTES = 1 << 20
+
+# A shard up to this size is fetched whole: that takes hardly longer than one of its blocks.
+WHOLE_SHARD_BYTES = 4 << 20
+# The longest that nothing may come from a server that was asked for a block.
+_SILENCE_S = 10.0
+_PARTIAL_CONTENT = 206
+_COME_AGAIN = (408, 429)  # request timeout, too many requests
 
 
 class Closed(Exception):  # noqa: N818 - not an error: whoever closed the store asked for it
@@ -42,6 +59,10 @@ class _FetchError(Exception):
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
         self.final = final
+
+
+class _NoRangesError(Exception):
+    """The server sends the whole file where a part of it was asked for."""
 
 
 class ShardStore:
@@ -70,6 +91,7 @@ class ShardStore:
         self._closed = threading.Event()
         self._open_streams: set[Any] = set()
         self._lock = threading.Lock()
+        self._ranges = True  # until a server is found to ignore them
 
     def name(self, shard: int) -> str:
         """Path or URL of a shard, as messages should call it."""
@@ -97,7 +119,7 @@ class ShardStore:
 
     def ensure(self, shards: Iterable[int]) -> None:
         """Fetch those of the shards that are remote and not yet here, several at a time."""
-        missing = [shard for shard in shards if self.is_remote(shard) and not self._is_here(shard)]
+        missing = [s for s in shards if self.is_missing(s) and not self.in_parts(s)]
         if missing:
             with ThreadPoolExecutor(min(8, len(missing)), "babelray-fetch") as pool:
                 futures = [pool.submit(self.path, shard) for shard in missing]
@@ -107,6 +129,50 @@ class ShardStore:
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
+
+    def is_missing(self, shard: int) -> bool:
+        """Whether the shard is remote and not in the cache."""
+        return self.is_remote(shard) and not self._is_here(shard)
+
+    def in_parts(self, shard: int) -> bool:
+        """Whether the shard's blocks are fetched one by one."""
+        return (
+            self._ranges
+            and self._manifest.data.shards[shard].bytes > WHOLE_SHARD_BYTES
+            and urlsplit(self.name(shard)).scheme in ("http", "https")
+            and not self._is_here(shard)
+        )
+
+    def read_part(self, shard: int, offset: int, num_bytes: int, sha256: str) -> bytes | None:
+        """A block of a shard that is fetched in parts; None if the server sends only whole files.
+
+        Raises:
+            DataError: it cannot be had, or what comes has another sha256.
+            Closed: the store was closed meanwhile.
+        """
+        url = self.name(shard)
+        path = self._cached(self._manifest.data.shards[shard])
+        path = path.with_name(path.name + ".blocks")
+        try:
+            self._cache_dir.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                content = os.pread(file, num_bytes, offset)
+                if hashlib.sha256(content).hexdigest() == sha256:
+                    return content
+                ask = partial(_fetch_range, url, offset, num_bytes, sha256)
+                try:
+                    content = self._with_retries(url, ask)
+                except _NoRangesError:
+                    log.info("%s: the server sends whole files only", url)
+                    self._ranges = False
+                    return None
+                os.pwrite(file, content, offset)
+                return content
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise self._no_room(url, error) from None
 
     def discard(self, shard: int) -> None:
         """Forget a cached copy that turned out damaged; the next ``path`` fetches it again."""
@@ -144,16 +210,25 @@ class ShardStore:
                 if not _has_size(path, entry.bytes):  # else another process has just fetched it
                     self._fetch_with_retries(url, entry, path)
         except OSError as error:
-            raise DataError(
-                f"{url} cannot be kept in {self._cache_dir}: {error.strerror or error}. Set "
-                "data.cache_dir to a folder that can be written to and has room for the corpus"
-            ) from None
+            raise self._no_room(url, error) from None
+
+    def _no_room(self, url: str, error: OSError) -> DataError:
+        return DataError(
+            f"{url} cannot be kept in {self._cache_dir}: {error.strerror or error}. Set "
+            "data.cache_dir to a folder that can be written to and has room for the corpus"
+        )
 
     def _fetch_with_retries(self, url: str, entry: ShardEntry, path: Path) -> None:
         draft = path.with_name(path.name + ".part")
+        self._with_retries(url, partial(self._fetch_once, url, entry, draft))
+        draft.replace(path)
+
+    def _with_retries(self, url: str, fetch: Callable[[], T]) -> T:
         for attempt in range(1, self._attempts + 1):
+            if self._closed.is_set():
+                raise Closed
             try:
-                self._fetch_once(url, entry, draft)
+                return fetch()
             except _FetchError as error:
                 if self._closed.is_set():
                     raise Closed from None
@@ -167,9 +242,7 @@ class ShardStore:
                 wait_s = self._backoff_s * 2 ** (attempt - 1)
                 log.warning("%s: %s; trying again in %g s", url, error, wait_s)
                 self.wait(wait_s)
-            else:
-                draft.replace(path)
-                return
+        raise AssertionError("unreachable")
 
     def _fetch_once(self, url: str, entry: ShardEntry, draft: Path) -> None:
         digest, num_bytes = hashlib.sha256(), 0
@@ -233,6 +306,30 @@ def _has_size(path: Path, num_bytes: int) -> bool:
         return path.stat().st_size == num_bytes
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def _fetch_range(url: str, offset: int, num_bytes: int, sha256: str) -> bytes:
+    """Some bytes of what lies at the URL. All that goes wrong is a ``_FetchError``."""
+    wanted = f"bytes={offset}-{offset + num_bytes - 1}"
+    request = Request(url, headers={"Range": wanted})  # noqa: S310 - http(s), see in_parts
+    try:
+        with urlopen(request, timeout=_SILENCE_S) as response:  # noqa: S310
+            if response.status != _PARTIAL_CONTENT:
+                raise _NoRangesError
+            content: bytes = response.read(num_bytes + 1)
+    except HTTPError as error:
+        error.close()
+        final = 400 <= error.code < 500 and error.code not in _COME_AGAIN
+        raise _FetchError(f"the server answers {error.code} {error.reason}", final=final) from None
+    except (OSError, HTTPException) as error:
+        raise _FetchError(f"bytes from {offset} on did not come: {error!r}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise _FetchError(
+            f"bytes {offset} to {offset + num_bytes}: expected sha256 {sha256}, found {found} of "
+            f"{len(content)} bytes"
+        )
+    return content
 
 
 def _openable(url: str) -> str:

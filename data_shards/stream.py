@@ -1,8 +1,10 @@
 """The stream: what the plan decided, as tensors, prepared ahead of training.
 
-One background thread reads the windows that its lanes have open (each block by its byte range,
-checked and decoded by WebDataset), cuts them into padded batches as the plan says, and keeps a
-bounded number of steps ready. There is no state worth saving: a step number opens it anywhere.
+One background thread cuts the windows that its lanes have open into padded batches as the plan
+says, and keeps a bounded number of steps ready. Others read the windows' blocks (each by its byte
+range, checked and decoded by WebDataset): as soon as a lane opens a window they begin with its next
+one, which then has a window's time to come, however slow disk or network are to answer. There is no
+state worth saving: a step number opens it anywhere.
 
 Shapes: B pairs, S source length, T target length; n pairs of a window.
 """
@@ -13,6 +15,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +26,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_shards.blocks import Block
 from data_shards.config import BOS_ID, PAD_ID
 from data_shards.manifest import Manifest
-from data_shards.plan import LaneBatch, Plan, data_hash
+from data_shards.plan import LaneBatch, Plan, Segment, data_hash
 from data_shards.reader import BlockReader
 from data_shards.store import Closed, ShardStore
 
 Int64 = NDArray[np.int64]
+
+# Blocks read at a time. What each waits for is the disk or the network, not the processor.
+_READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class Stream:
 
     Steps come in order, each whole. An error of reading is raised where the step that it spoilt
     would have come, after the steps that were ready before it. Close it (or use it as a context
-    manager): that ends its thread.
+    manager): that ends its threads.
 
     Args:
         manifest: the prepared corpus.
@@ -93,10 +100,11 @@ class Stream:
         self._queue: queue.Queue[StepBatches | BaseException] = queue.Queue(prefetch_steps)
         stop = threading.Event()
         store = ShardStore(manifest, cache_dir)
-        source = BatchSource(manifest, plan, BlockReader(manifest, store))
+        pool = ThreadPoolExecutor(_READERS, "babelray-read")
+        source = BatchSource(manifest, plan, BlockReader(manifest, store), pool)
         thread = threading.Thread(
             target=_prefetch,
-            args=(source, tuple(lanes), start_step, self._queue, stop),
+            args=(source, pool, tuple(lanes), start_step, self._queue, stop),
             name="babelray-stream",
             daemon=True,
         )
@@ -139,18 +147,50 @@ class Stream:
 class BatchSource:
     """Turns the plan's batches into tensors, in the calling thread.
 
-    It keeps one window a lane in memory: about 2 bytes a token, and 16 a pair.
+    It keeps one window a lane in memory: about 2 bytes a token, and 16 a pair; with a pool, which
+    reads ahead, the blocks of the next one as well.
     """
 
-    def __init__(self, manifest: Manifest, plan: Plan, reader: BlockReader) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        reader: BlockReader,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:
         self._manifest = manifest
         self._plan = plan
         self._reader = reader
+        self._pool = pool
         self._windows: dict[int, _Window] = {}
+        self._ahead: dict[int, tuple[int, list[Future[Block]]]] = {}
 
     def step(self, step: int, lanes: Sequence[int]) -> StepBatches:
         """The batches of some lanes at a step."""
-        return StepBatches(step, [self._shape(batch) for batch in self._plan.step(step, lanes)])
+        planned = self._plan.step(step, lanes)
+        opened = [batch for batch in planned if not self._is_open(batch)]
+        for batch in opened:  # all at once, not one after the other
+            self._read_ahead(batch.lane, batch.window)
+        batches = [self._shape(batch) for batch in planned]
+        for batch in opened:
+            if self._pool is not None:
+                following = self._plan.next_window(step, batch.lane)
+                if following is not None:
+                    self._read_ahead(batch.lane, following)
+        return StepBatches(step, batches)
+
+    def _is_open(self, batch: LaneBatch) -> bool:
+        window = self._windows.get(batch.lane)
+        return window is not None and window.number == batch.window
+
+    def _read_ahead(self, lane: int, number: int) -> None:
+        """Have a window's blocks read, if they are not already on their way."""
+        if self._pool is None or (lane in self._ahead and self._ahead[lane][0] == number):
+            return
+        blocks = [segment.block for segment in self._plan.segments(number)]
+        # Shards that come whole first: or else every reader would wait for one and the same.
+        self._reader.fetch_ahead(blocks, self._pool)
+        self._ahead[lane] = number, [self._pool.submit(self._reader.read, b) for b in blocks]
 
     def _shape(self, planned: LaneBatch) -> Batch:
         window = self._window(planned.lane, planned.window)
@@ -175,17 +215,26 @@ class BatchSource:
         window = self._windows.pop(lane, None)
         if window is None or window.number != number:
             del window  # before the next one is read, not after
-            window = self._read_window(number)
+            window = self._read_window(lane, number)
         self._windows[lane] = window
         return window
 
-    def _read_window(self, number: int) -> _Window:
+    def _blocks(self, lane: int, segments: Sequence[Segment]) -> Iterator[Block]:
+        """The blocks of a window, each forgotten here once it is taken."""
+        if self._pool is None:
+            self._reader.ensure(segment.block for segment in segments)
+            yield from (self._reader.read(segment.block) for segment in segments)
+            return
+        _, futures = self._ahead.pop(lane)
+        futures.reverse()
+        while futures:
+            yield futures.pop().result()
+
+    def _read_window(self, lane: int, number: int) -> _Window:
         segments = self._plan.segments(number)
-        self._reader.ensure(segment.block for segment in segments)
         sides: tuple[list[NDArray[Any]], list[NDArray[Any]]] = ([], [])
         lengths, pair_ids = [], []
-        for segment in segments:
-            block = self._reader.read(segment.block)
+        for segment, block in zip(segments, self._blocks(lane, segments), strict=True):
             rows = slice(segment.first, segment.first + segment.num)
             for parts, ids, lengths_n in zip(
                 sides, (block.source_ids, block.target_ids), block.lengths.T, strict=True
@@ -253,6 +302,7 @@ def _shifted(target_out_BT: Int64, lengths_B: Int64) -> Int64:
 
 def _prefetch(
     source: BatchSource,
+    pool: ThreadPoolExecutor,
     lanes: Sequence[int],
     step: int,
     ready: queue.Queue[StepBatches | BaseException],
@@ -266,6 +316,8 @@ def _prefetch(
         pass
     except BaseException as error:  # the consumer gets it, whatever it is
         ready.put(error)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _shut_down(

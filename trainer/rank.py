@@ -70,7 +70,7 @@ class Rank:
     def prepare(self) -> None:
         """Load the corpus, make the model and the engine (a collective)."""
         config = self.config
-        self.manifest = Manifest.load(config.data.folder())
+        self.manifest = Manifest.load(config.data.folder(), config.data.shards_url)
         self.plan = Plan.of(self.manifest, config.data, config.trainer.seed)
         self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
         startup.mark("data")
