@@ -31,6 +31,7 @@ from model.packed import with_dropout
 from model.transformer import Transformer
 from model.vocabulary_matrix import VocabularyMatrix
 from trainer.device_batches import DeviceBatches, DeviceStep, Packer, Pass
+from trainer.device_step import compiled_call
 
 # Of sentences of WMT 2014 English-German in pieces, about: the mean, and how they scatter.
 _MEAN_LENGTH, _SCATTER, _BETWEEN_SIDES = 29.0, 0.55, 0.18
@@ -191,11 +192,7 @@ class Training:
                 if isinstance(module, VocabularyMatrix):
                     module.projection_loss = liger_projection_loss
         if variant.compiled:
-            # (Not trainer.device_step, which imports DeepSpeed's side of the trainer.)
-            call = model.call_layer
-            model.call_layer = torch.compile(
-                lambda layer, *arguments: call(layer, *arguments), dynamic=True
-            )
+            model.call_layer = compiled_call()
         if variant.fp8:
             _to_fp8(model)
         self._update: Callable[[int], None]

@@ -92,7 +92,7 @@ def varlen_attention(
         scale: of the dot products.
     """
     if query_NHK.device.type == "cpu":
-        return reference_attention(
+        return cpu_attention(
             query_NHK, key_MHK, value_MHK, segments, causal=causal, radius=radius, scale=scale
         )
     from torch.nn.attention.varlen import varlen_attn
@@ -143,6 +143,10 @@ def reference_attention(
         weights_Hts = scores_Hts.softmax(-1).to(value_HsK.dtype)
         parts.append((weights_Hts @ value_HsK).transpose(0, 1))
     return torch.cat(parts)
+
+
+# On a CPU. Whoever compiles layers keeps it out of the compiler's sight, which would unroll it.
+cpu_attention: Callable[..., Tensor] = reference_attention
 
 
 def packed_attention(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
+from model import packed
 from model.encoder_decoder import EncoderDecoder
 from model.loss_liger import is_installed, liger_projection_loss
 from model.packed import PackedLayer, call_layer
@@ -149,10 +150,10 @@ def _compile(model: Transformer, config: RunConfig, device: torch.device) -> str
         return "ZeRO 3 gathers weights by hooks, which cannot be compiled: use trainer.zero_stage 2"
     model.call_layer = compiled_call()
     lengths = torch.tensor([[4, 4, 4], [4, 4, 0]])
-    packed = unpack(*pack([(lengths, lengths, lengths)], bucketed=True))
+    twins = unpack(*pack([(lengths, lengths, lengths)], bucketed=True))
     source, target = (
         side._replace(positions_N=side.positions_N.to(device), starts_B=side.starts_B.to(device))
-        for side in packed.packing
+        for side in twins.packing
     )
     dtype = _TYPES[config.trainer.precision]
     try:
@@ -183,5 +184,6 @@ def compiled_call() -> Callable[..., Tensor]:
     def call(layer: nn.Module, *arguments: Any) -> Tensor:
         return call_layer(layer, *arguments)
 
+    packed.cpu_attention = torch.compiler.disable(packed.reference_attention)  # type: ignore[no-untyped-call]
     compiled: Callable[..., Tensor] = torch.compile(call, dynamic=True)
     return compiled

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from model.config import ModelConfig
-from trainer.config import TrainerConfig
+from model.packed_check import why_not
+from trainer.config import RunConfig, TrainerConfig
 
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # trainer.engine: elements of DeepSpeed's buckets, one that gathers and one that reduces.
@@ -30,7 +33,7 @@ class Memory:
     Attributes:
         weights, gradients: in the precision of the run.
         optimizer: float32 weights and Adam's two moments (in fp32 the weights are their own).
-        activations: what autograd keeps of one lane, and what the loss works with.
+        activations: what autograd keeps of one pass, and what the loss works with.
         buffers: DeepSpeed's buckets.
     """
 
@@ -88,6 +91,20 @@ def memory(
         activations=activations,
         buffers=_NUM_BUCKETS * min(_BUCKET_ELEMENTS, num_parameters) * item,
     )
+
+
+def tokens_in_a_pass(config: RunConfig, num_devices: int) -> int:
+    """Source (and target) tokens that a GPU computes together at most: of a lane, or of several.
+
+    That the device has the kernel for it is taken for granted.
+    """
+    data, trainer = config.data, config.trainer
+    of_a_lane = data.tokens_per_step // data.lanes
+    packs = trainer.batches != "padded" and trainer.precision != "fp32"
+    if not packs or why_not(config.model, trainer.precision, torch.device("cpu")) is not None:
+        return of_a_lane
+    lanes_of_a_rank = -(-data.lanes // num_devices)
+    return of_a_lane * min(lanes_of_a_rank, max(1, trainer.tokens_per_pass // of_a_lane))
 
 
 def activation_bytes(model: ModelConfig, precision: str, tokens: float) -> float | None:

@@ -16,7 +16,7 @@ from model.size import num_parameters
 from trainer.config import RunConfig
 from trainer.paper.hardware import UTILISATION, Hardware, Rate, rate_of
 from trainer.paper.lengths import CorpusSize
-from trainer.paper.memory import Memory, checkpoint_bytes, memory
+from trainer.paper.memory import Memory, checkpoint_bytes, memory, tokens_in_a_pass
 
 # Of a lane's forward and backward pass, what the CPU alone takes whatever its width: measured on
 # the paper's twelve layers (docs/scaling.md), so shared out by layer.
@@ -177,7 +177,7 @@ def reckon(
                 num_parameters=parameters,
                 num_devices=hardware.num_devices,
                 vocab_size=corpus.vocab_size,
-                tokens_per_lane=plan.tokens_per_batch,
+                tokens_per_lane=tokens_in_a_pass(config, hardware.num_devices),
             )
             for stage in _STAGES
         ),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from model import cost
 from model.build import build
 from model.config import ModelConfig
 from model.cost import Work, training_flops
-from trainer.config import RunConfig, TrainerConfig, load_config
+from trainer.config import RunConfig, TrainerConfig, load_config, parse_config
 from trainer.paper.hardware import (
     DEVICES,
     UTILISATION,
@@ -32,7 +33,7 @@ from trainer.paper.hardware import (
     split_hardware,
 )
 from trainer.paper.lengths import CorpusSize, corpus_size, made_up_lengths
-from trainer.paper.memory import activation_bytes, checkpoint_bytes, memory
+from trainer.paper.memory import activation_bytes, checkpoint_bytes, memory, tokens_in_a_pass
 from trainer.paper.plan import Dry, reckon
 from trainer.paper.plan_text import lines, numbers
 
@@ -423,3 +424,15 @@ def test_the_plans_in_docs_are_what_the_command_prints(
     assert len(shown) >= 3
     for words, output in shown:
         assert CliRunner().invoke(plan_command, words.split()).output == output
+
+
+def test_lanes_that_are_packed_together_are_in_memory_together() -> None:
+    def tokens(devices: int, **trainer: Any) -> int:
+        data = {"tokens_per_step": 24_000, "lanes": 8}
+        values = {"model": {"preset": "base"}, "data": data, "trainer": trainer}
+        return tokens_in_a_pass(parse_config(values, where="test"), devices)
+
+    assert [tokens(n, precision="bf16") for n in (1, 3, 8, 16)] == [24_000, 9000, 3000, 3000]
+    assert tokens(1, precision="bf16", tokens_per_pass=7000) == 6000
+    assert tokens(1, precision="bf16", batches="padded") == 3000
+    assert tokens(1) == 3000
