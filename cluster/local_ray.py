@@ -8,9 +8,12 @@ waits until somebody looks (``cluster.ray_page``). ``benchmarks/overhead.py`` an
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,6 +32,25 @@ def lean_node(page: RayPage) -> Iterator[None]:
         yield
     finally:
         ray._private.node.Node = stock
+
+
+def announce_metrics() -> None:
+    """Tell Prometheus where Ray's own metrics are, which else the dashboard would do."""
+    node = ray._private.worker._global_node
+    name = ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
+    targets = [
+        f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    file = Path(node.get_session_dir_path()) / name
+    file.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": targets}]))
+    # The folder of all sessions has a link to the newest one's.
+    link = Path(node.temp_dir) / name
+    new = link.with_name(f"{name}.{os.getpid()}")
+    with suppress(OSError):  # somebody else's folder
+        new.symlink_to(file)
+        new.replace(link)
 
 
 def _node_class(page: RayPage) -> type[Any]:

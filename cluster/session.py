@@ -173,7 +173,7 @@ def connect(
             if address:
                 context = _connect_to(address)
             else:
-                from cluster.local_ray import lean_node
+                from cluster.local_ray import announce_metrics, lean_node
                 from cluster.ray_page import RayPage
 
                 page = _page(RayPage, dashboard_port)
@@ -189,6 +189,7 @@ def connect(
                         log_to_driver=False,
                         logging_level=logging.ERROR,
                     )
+                announce_metrics()
             aside.finish()
             resources = ray.cluster_resources()
             yield Session(
