@@ -33,6 +33,7 @@ from model.cost import Work, peak_flops, training_flops
 
 MAX_LENGTH = 256  # data.max_length: a lane must hold the longest pair
 BUCKET_ELEMENTS = 50_000_000  # trainer/engine.py
+OVERLAPPED_ELEMENTS = 8_000_000  # trainer/engine.py: at stage 0
 OPTIMIZER_BYTES = 32  # a parameter: master, two moments read and written, gradient, bf16 weight
 LOGITS_ELEMENTS = 1 << 27  # model/loss.py: at a time on a GPU
 LOGIT_BYTES = 12  # logits and softmax in half precision, and two in float32 while logsumexp runs
@@ -169,21 +170,38 @@ class Step:
 
 
 def sent_bytes(
-    parameters: float, ranks: int, *, stage: int, lanes: int = 1, size: int = 2
+    parameters: float,
+    ranks: int,
+    *,
+    stage: int,
+    lanes: int = 1,
+    size: int = 2,
+    gradient_size: int | None = None,
 ) -> float:
-    """What a rank sends at a step, and receives; ``size`` bytes a number, ``lanes`` a rank.
+    """What a rank sends at a step, and receives.
 
     DeepSpeed 0.19 reduces by all-reduce at stages 0 to 2 alike (reduce_scatter with
     use_multi_rank_bucket_allreduce), 1 and 2 gather the weights on top, 2 and 3 reduce after every
     lane, 3 gathers the weights for each forward and each backward pass.
+
+    Args:
+        lanes: of a rank.
+        size: bytes of a weight.
+        gradient_size: bytes of a gradient on its way (trainer.gradient_dtype); default ``size``.
     """
-    share = (ranks - 1) / ranks * parameters * size
-    return share * {0: 2, 1: 3, 2: 2 * lanes + 1, 3: 3 * lanes}[stage]
+    gradient = size if gradient_size is None else gradient_size
+    passes: dict[int, int] = {
+        0: 2 * gradient,
+        1: 2 * gradient + size,
+        2: 2 * gradient * lanes + size,
+        3: (gradient + 2 * size) * lanes,
+    }
+    return (ranks - 1) / ranks * parameters * float(passes[stage])
 
 
 def num_messages(parameters: float, *, stage: int, lanes: int = 1) -> int:
     """Collectives of a step: buckets, the gathering, the step's own sum, the norm, overflow."""
-    buckets = math.ceil(parameters / BUCKET_ELEMENTS)
+    buckets = math.ceil(parameters / (BUCKET_ELEMENTS if stage else OVERLAPPED_ELEMENTS))
     reductions = buckets * (lanes if stage >= 2 else 1)
     gathers = {0: 0, 1: buckets, 2: buckets, 3: 2 * buckets * lanes}[stage]
     return reductions + gathers + 3
