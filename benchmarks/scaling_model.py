@@ -33,7 +33,6 @@ from model.cost import Work, peak_flops, training_flops
 
 MAX_LENGTH = 256  # data.max_length: a lane must hold the longest pair
 BUCKET_ELEMENTS = 50_000_000  # trainer/engine.py
-OVERLAPPED_ELEMENTS = 8_000_000  # trainer/engine.py: at stage 0
 OPTIMIZER_BYTES = 32  # a parameter: master, two moments read and written, gradient, bf16 weight
 LOGITS_ELEMENTS = 1 << 27  # model/loss.py: at a time on a GPU
 LOGIT_BYTES = 12  # logits and softmax in half precision, and two in float32 while logsumexp runs
@@ -201,7 +200,7 @@ def sent_bytes(
 
 def num_messages(parameters: float, *, stage: int, lanes: int = 1) -> int:
     """Collectives of a step: buckets, the gathering, the step's own sum, the norm, overflow."""
-    buckets = math.ceil(parameters / (BUCKET_ELEMENTS if stage else OVERLAPPED_ELEMENTS))
+    buckets = math.ceil(parameters / BUCKET_ELEMENTS)
     reductions = buckets * (lanes if stage >= 2 else 1)
     gathers = {0: 0, 1: buckets, 2: buckets, 3: 2 * buckets * lanes}[stage]
     return reductions + gathers + 3
