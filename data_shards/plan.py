@@ -91,7 +91,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batches:
+class Batches:
     """All batches of an epoch, ordered by lane, window and place in the sorted window.
 
     One empty batch follows at the end, so that index -1 means "no batch" in every column.
@@ -104,6 +104,18 @@ class _Batches:
     target_length: Int32
     num_source_tokens: Int32
     num_target_tokens: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What takes long to find out of a corpus' lengths; the rest of a plan follows at once."""
+
+    longest: int
+    digest: str
+    window_position: Int64
+    lane_window: Int64
+    window_batch: Int64
+    batches: Batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,7 @@ class Plan:
         tokens_per_step: bound on a step's source and on its target tokens, padding included.
         window_pairs: most pairs that are sorted together.
         seed: decides the order.
+        tables: those of an equal plan, if there is one; see ``data_shards.plan_file``.
 
     Raises:
         DataError: there is no pair, or one that is longer than a lane's share of the budget.
@@ -143,6 +156,7 @@ class Plan:
         tokens_per_step: int,
         window_pairs: int,
         seed: int,
+        tables: Tables | None = None,
     ) -> None:
         assert min(lanes, window_pairs) >= 1
         assert seed >= 0
@@ -161,7 +175,7 @@ class Plan:
                 "(data.max_length, data.max_ratio) and prepare it again"
             )
         self._lengths = lengths
-        self._longest = int(lengths.max())
+        self._longest = tables.longest if tables else int(lengths.max())
         if self._longest > self.tokens_per_batch:
             pair = int(lengths.argmax()) // 2
             raise DataError(
@@ -177,8 +191,13 @@ class Plan:
         self._block_order = permutation(key_of(seed, _BLOCKS), len(sizes))
         self._block_position = _starts(sizes[self._block_order])
 
-        self._window_position, self._lane_window = self._cut_windows(self._cut_lanes())
-        self._batches, self._window_batch = self._cut_batches()
+        if tables is None:
+            self._window_position, self._lane_window = self._cut_windows(self._cut_lanes())
+            self._batches, self._window_batch = self._cut_batches()
+        else:
+            self._window_position, self._lane_window = tables.window_position, tables.lane_window
+            self._batches, self._window_batch = tables.batches, tables.window_batch
+            self.digest = tables.digest  # else it is found when it is asked for
         lane_batch = self._window_batch[self._lane_window]
         self._lane_num_batches = np.diff(lane_batch)
         self.steps_per_epoch = int(self._lane_num_batches.max())
@@ -198,6 +217,18 @@ class Plan:
             tokens_per_step=config.tokens_per_step,
             window_pairs=config.window_pairs,
             seed=seed,
+        )
+
+    @property
+    def tables(self) -> Tables:
+        """What another plan of the same corpus and settings need not find out again."""
+        return Tables(
+            longest=self._longest,
+            digest=self.digest,
+            window_position=self._window_position,
+            lane_window=self._lane_window,
+            window_batch=self._window_batch,
+            batches=self._batches,
         )
 
     # What a step is made of.
@@ -373,7 +404,7 @@ class Plan:
         positions.append(int(cuts[-1]))
         return np.array(positions, dtype=np.int64), np.array(lane_window, dtype=np.int64)
 
-    def _cut_batches(self) -> tuple[_Batches, Int64]:
+    def _cut_batches(self) -> tuple[Batches, Int64]:
         """The table of batches, and the first batch of each window and the end."""
         columns: list[list[NDArray[Any]]] = [[] for _ in range(7)]
         num_batches = []
@@ -394,7 +425,7 @@ class Plan:
                 for column, value in zip(columns, values, strict=True):
                     column.append(value.astype(np.int32))
         end = np.zeros(1, dtype=np.int32)
-        table = _Batches(*(np.concatenate([*column, end]) for column in columns))
+        table = Batches(*(np.concatenate([*column, end]) for column in columns))
         return table, _starts(np.array(num_batches, dtype=np.int64))
 
     def _sorted_windows(self) -> Iterator[tuple[int, list[tuple[Int32, Int32]]]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from data_shards.errors import RunFailedError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
+from data_shards.plan_file import open_plan
 from data_shards.stream import StepBatches, Stream
 from model.build import build
 from model.packed import with_dropout
@@ -71,7 +72,7 @@ class Rank:
         """Load the corpus, make the model and the engine (a collective)."""
         config = self.config
         self.manifest = Manifest.load(config.data.folder(), config.data.shards_url)
-        self.plan = Plan.of(self.manifest, config.data, config.trainer.seed)
+        self.plan = open_plan(self.manifest, config.data, config.trainer.seed)
         self.validation = ValidationSet.of(self.manifest, max_length=config.data.max_length)
         startup.mark("data")
         torch.manual_seed(config.trainer.seed)
