@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, default_corpora, machine, train_quickly
+from common import RESULTS, ROOT, default_corpora, machine
 from table import Comparison, compare, lines, machine_slug
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ class Benchmark:
     quick: tuple[str, ...] | None = None
     full: tuple[str, ...] = ()
     script: str = ""
-    needs_run: bool = False  # takes --run, a trained model
+    takes_run: bool = False  # a trained model by --run, else it trains one
     corpora: bool = True  # takes --corpora
     asked: bool = False  # runs only if it is asked for by name
 
@@ -58,15 +58,15 @@ BENCHMARKS = (
     Benchmark("train", quick=("--rounds", "2", "--seconds", "3")),
     Benchmark("curves"),
     Benchmark("stream", quick=("--repeats", "2", "--passes", "1")),
-    Benchmark("latency", quick=("--quick",)),
+    Benchmark("latency", quick=("--rounds", "1", "--seconds", "4")),
     Benchmark("overhead", quick=("--rounds", "2", "--seconds", "4")),
     Benchmark("start", quick=("--quick",)),
     # Not its part on quality, which trains six models.
     Benchmark("communication", full=("--parts", "traffic", "collectives", "scaling")),
     Benchmark("checkpoint"),
     Benchmark("recovery", corpora=False),
-    Benchmark("decode", needs_run=True),
-    Benchmark("serving", needs_run=True),
+    Benchmark("decode", takes_run=True),
+    Benchmark("serving", takes_run=True),
     Benchmark("metrics"),
     Benchmark("peers", quick=("--quick",), script="peers/compare.py", asked=True),
 )
@@ -144,7 +144,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--baseline", type=Path, help="by default the newest that is committed")
     parser.add_argument("--output", type=Path, help="by default results/<machine>-<date>.json")
-    parser.add_argument("--run", type=Path, help="a trained run for decode and serving")
+    parser.add_argument(
+        "--run", type=Path, help="a trained run for decode and serving; else each trains one"
+    )
     parser.add_argument("--corpora", type=Path, default=default_corpora())
     parser.add_argument("--venvs", type=Path, help="where the peers' environments are")
     return parser.parse_args()
@@ -176,8 +178,8 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace, scratch: Path) -> d
     command += (benchmark.quick or ()) if arguments.quick else benchmark.full
     if benchmark.corpora:
         command += ["--corpora", str(arguments.corpora)]
-    if benchmark.needs_run:
-        command += ["--run", str(trained_run(arguments, scratch))]
+    if benchmark.takes_run and arguments.run:
+        command += ["--run", str(arguments.run)]
     if benchmark.name == "peers" and arguments.venvs:
         command += ["--venvs", str(arguments.venvs)]
     began = time.time()
@@ -203,18 +205,6 @@ def run(benchmark: Benchmark, arguments: argparse.Namespace, scratch: Path) -> d
     head = {name: result.get(name) for name in ("command", "date", "commit", "machine")}
     # A result may be written and the status say that something is wrong with it: serving's errors.
     return {**head, "exit_status": process.returncode, "rows": rows}
-
-
-def trained_run(arguments: argparse.Namespace, scratch: Path) -> Path:
-    """The run that was given, else one trained for minutes, once for all benchmarks."""
-    if arguments.run is None:
-        print("  a model to translate with is trained first (--run NAME has one already)")
-        try:
-            arguments.run = train_quickly(arguments.corpora, scratch)
-        except subprocess.CalledProcessError as error:
-            raise BenchmarkError(f"the training before it ended with {error.returncode}") from None
-    run: Path = arguments.run
-    return run
 
 
 def same_day(output: Path) -> dict[str, Any]:

@@ -35,6 +35,9 @@ ALLOCATOR = {
     name: value for name, value in session._ENVIRONMENT.items() if name.startswith("MALLOC_")
 }
 
+# Options that say where things are, not what is measured.
+_FOLDERS = ("--output", "--corpora", "--venvs")
+
 _PACKAGES = ("torch", "numpy", "deepspeed", "ray", "webdataset")
 
 # Enough for a model that ends its sentences.
@@ -87,13 +90,26 @@ def machine() -> dict[str, object]:
 def write_result(file: Path, before: Mapping[str, object], content: Mapping[str, object]) -> None:
     """Write a result with where and when it was taken; ``before`` is ``machine()`` at the start."""
     head = {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", *_command()]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "machine": {**before, "load_average_after": os.getloadavg()[0]},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**head, **content}, indent=2) + "\n")
+
+
+def _command() -> list[str]:
+    """This script from the project's folder, without what only this machine has."""
+    script = Path(sys.argv[0]).resolve()
+    words = [str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name]
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument in _FOLDERS:
+            next(arguments, None)
+        else:
+            words.append(argument)
+    return words
 
 
 def _commit() -> str | None:

@@ -232,3 +232,13 @@ def test_a_run_is_joined_compared_and_its_regression_decides_the_exit_status(
     assert main(bench, monkeypatch, "--only", "fails", *arguments) == 1
     assert "FAILED: ended with 1: no model" in capsys.readouterr().out
     assert [*json.loads(output.read_text())["benchmarks"]] == ["works"]
+
+
+def test_a_result_says_how_it_was_made_but_not_where(
+    scripts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = importlib.import_module("common")
+    script = str(ROOT / "benchmarks" / "peers" / "compare.py")
+    arguments = ["--venvs", "/home/me/venvs", "--shapes", "tiny", "--output", "/home/me/out.json"]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    assert common._command() == ["benchmarks/peers/compare.py", "--shapes", "tiny"]
