@@ -200,3 +200,16 @@ def test_other_kinds_have_no_packed_states() -> None:
     ids = torch.ones(3, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match="padded"):
         model(ids, ids, packing=Packing(*[None] * 2))
+
+
+@pytest.mark.slow
+def test_the_kernels_interface_takes_what_the_layers_give_it() -> None:
+    """On the device "meta" PyTorch checks shapes and types of its kernel, and computes nothing."""
+    buffer, layout = pack([batch(_LENGTHS)], bucketed=True)
+    for settings in ({}, {"norm": "pre", "local_radius": 3, "d_k": 16, "d_v": 16}):
+        model = model_of(**settings).to(device="meta", dtype=torch.bfloat16)
+        source, target_in, _, packing = unpack(buffer.to("meta"), layout)
+        states = model(source, target_in, packing=packing)
+        assert states.shape == (layout.target_tokens, 16)
+        states.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
