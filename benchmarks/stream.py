@@ -1,5 +1,7 @@
 """How fast the stream makes batches, alone on one core, and what planning a large corpus costs.
 
+WebDataset's own loader, on the same shards, is measured between the stream's cases.
+
     python benchmarks/stream.py            # prints a table, writes benchmarks/results/stream.json
 
 The corpus is Multi30k if BABELRAY_TEST_CORPORA (or --corpora) names a folder that has multi30k/,
@@ -18,15 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common import RESULTS, Spread, corpus_config, default_corpora, machine, row, write_result
 
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
+from data_shards.plan_file import _read, _write
 from data_shards.shards import prepare
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOAL_TOKENS_PER_S = 1_000_000
 PLANNED_PAIRS = 36_000_000  # WMT14 English-French
@@ -80,6 +88,7 @@ class PlanResult:
     first_step_s: float
     step_s: float
     peak_mib: float
+    reopen_cpu_s: float
     lengths_mib: float
     steps_per_epoch: int
     padding_efficiency: float
@@ -123,6 +132,53 @@ def measure_stream(manifest: Manifest, case: StreamCase, repeats: int, passes: i
     )
 
 
+def webdataset_batches(manifest: Manifest, num_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What WebDataset's own loader makes of the same shards: pairs, shuffled, padded batches.
+
+    It knows nothing of lengths before it has read, so its batches have a number of pairs.
+    """
+    import torch
+    import webdataset as wds
+    from torch.nn.utils.rnn import pad_sequence
+
+    def pairs(blocks: Iterator[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for block in blocks:
+            sides = [
+                torch.from_numpy(block[f"{side}.npy"].astype(np.int64)).split(lengths.tolist())
+                for side, lengths in zip(
+                    ("source", "target"), block["lengths.npy"].T.astype(np.int64), strict=True
+                )
+            ]
+            yield from zip(*sides, strict=True)
+
+    def collate(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        source, target = (
+            pad_sequence(list(side), batch_first=True) for side in zip(*batch, strict=True)
+        )
+        return source, target
+
+    shards = [manifest.shard_path(shard) for shard in range(len(manifest.data.shards))]
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList(shards),
+        wds.tarfile_to_samples(),
+        wds.decode(),
+        pairs,
+        wds.shuffle(4096),
+        wds.batched(num_pairs, collation_fn=collate, partial=True),
+    )
+    return iter(pipeline)
+
+
+def measure_webdataset(manifest: Manifest) -> tuple[float, float]:
+    """Tokens a second and a CPU-second of a pass over the corpus, from the second batch on."""
+    batches = webdataset_batches(manifest, 32)  # about as large as "small batches"
+    next(batches)
+    tokens, began, cpu_began = 0, time.perf_counter(), time.process_time()
+    for source, target in batches:
+        tokens += int((source != 0).sum()) + int((target != 0).sum())
+    return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu_began)
+
+
 def measure_plan(lengths_file: Path, lanes: int, tokens_per_step: int) -> PlanResult:
     """Plan a made-up corpus whose lengths lie in a file; to be run in a process of its own."""
     lengths = np.load(lengths_file, mmap_mode="r")
@@ -140,6 +196,15 @@ def measure_plan(lengths_file: Path, lanes: int, tokens_per_step: int) -> PlanRe
     for step in range(123_456_790, 123_456_890):
         plan.step(step)
     ended = time.perf_counter()
+    peak = peak_mib() - before_mib
+    kept = lengths_file.with_suffix(f".{lanes}.plan")
+    _write(kept, "benchmark", plan.tables)
+    reopen_began = time.process_time()
+    Plan(
+        lengths, sizes, lanes=lanes, tokens_per_step=tokens_per_step, window_pairs=65_536, seed=1,
+        tables=_read(kept, "benchmark"),
+    )  # fmt: skip
+    reopened = time.process_time() - reopen_began
     return PlanResult(
         num_pairs=len(lengths),
         mean_length=float(lengths[:: 1 << 10].mean()),
@@ -150,7 +215,8 @@ def measure_plan(lengths_file: Path, lanes: int, tokens_per_step: int) -> PlanRe
         epoch_s=scheduled - built,
         first_step_s=opened - scheduled,
         step_s=(ended - opened) / 100,
-        peak_mib=peak_mib() - before_mib,
+        peak_mib=peak,
+        reopen_cpu_s=reopened,
         lengths_mib=lengths.nbytes / 2**20,
         steps_per_epoch=plan.steps_per_epoch,
         padding_efficiency=sum(plan.padding_efficiency()) / 2,
@@ -216,14 +282,17 @@ def main() -> None:
         manifest = Manifest.load(prepare(config))
         print(f"stream, one core: {config.corpus}, {manifest.num_pairs:,} pairs")
         print(f"{'':32}{'tokens/s':>12}{'tokens/CPU s':>14}{'first step':>12}{'unpadded':>10}")
-        streams = []
+        streams, others = [], []
         for case in CASES:
             result = measure_stream(manifest, case, arguments.repeats, arguments.passes)
             streams.append(result)
+            others.append(measure_webdataset(manifest))  # in turns
             print(
                 f"{case.name:32}{result.tokens_per_s:12,.0f}{result.tokens_per_cpu_s:14,.0f}"
                 f"{result.first_step_s:10.2f} s{result.padding_efficiency:10.3f}"
             )
+        webdataset, webdataset_cpu = (Spread.of(values) for values in zip(*others, strict=True))
+        print(f"{'webdataset':32}{webdataset.median:12,.0f}{webdataset_cpu.median:14,.0f}")
         print(f"plan, one core: {arguments.pairs:,} made-up pairs")
         plans = measure_plans(manifest, Path(folder), arguments.pairs)
         for plan in plans:
@@ -232,7 +301,8 @@ def main() -> None:
                 f"({plan['build_cpu_s']:.1f} CPU s) with "
                 f"{plan['peak_mib']:.0f} MiB (lengths {plan['lengths_mib']:.0f}); an epoch's order "
                 f"{plan['epoch_s'] * 1e3:.0f} ms; first step {plan['first_step_s'] * 1e3:.0f} ms, "
-                f"then {plan['step_s'] * 1e6:.0f} us a step"
+                f"then {plan['step_s'] * 1e6:.0f} us a step; kept in a file and opened again "
+                f"{plan['reopen_cpu_s'] * 1e3:.0f} CPU ms"
             )
         corpus = {"name": config.corpus, "pairs": manifest.num_pairs}
         corpus["tokens"] = manifest.data.source_tokens + manifest.data.target_tokens
@@ -247,8 +317,13 @@ def main() -> None:
         "corpus": corpus,
         "goal_tokens_per_s": GOAL_TOKENS_PER_S,
         "stream": [asdict(result) for result in streams],
+        "webdataset": {
+            "tokens_per_s": asdict(webdataset),
+            "tokens_per_cpu_s": asdict(webdataset_cpu),
+        },
         "plan": plans,
         "summary": [
+            row("WebDataset's loader, pair by pair", webdataset, "tokens/s"),
             *(
                 row(
                     result.case.name,
