@@ -11,8 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Of oneDNN, made for PyTorch's own compiler, and so not promised to stay.
-_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+def _pointwise() -> Any:
+    """oneDNN's product with what follows it; None where this build or processor lacks it.
+
+    It is made for PyTorch's own compiler, and so not promised to stay.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or not supported():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_POINTWISE = _pointwise()
 
 
 class Linear(nn.Linear):
@@ -39,14 +50,12 @@ def _joined(inputs: Tensor, weight: Tensor) -> bool:
         and inputs.numel() > 0
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._has_mkldnn
     )
 
 
 class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight_MK: Tensor, bias_M: Tensor, relu: bool) -> Tensor:
-        assert _POINTWISE is not None
         rows_NK = inputs.reshape(-1, inputs.size(-1))
         outputs_NM = _POINTWISE(rows_NK, weight_MK, bias_M, "relu" if relu else "none", [], "")
         ctx.save_for_backward(rows_NK, weight_MK, outputs_NM if relu else None)

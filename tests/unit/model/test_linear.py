@@ -21,6 +21,12 @@ def _gradients(layer: Linear, inputs: Tensor, *, relu: bool) -> list[Tensor]:
     return [outputs, *torch.autograd.grad(outputs, (inputs, *layer.parameters()), wanted)]
 
 
+needs_bf16 = pytest.mark.skipif(
+    linear._POINTWISE is None, reason="oneDNN has no bfloat16 on this processor"
+)
+
+
+@needs_bf16
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(40, 12), (3, 5, 12)])
 def test_bias_and_rectifier_joined_are_those_of_pytorch(
@@ -37,6 +43,13 @@ def test_bias_and_rectifier_joined_are_those_of_pytorch(
         assert found.shape == expected.shape
         torch.testing.assert_close(found, plain, rtol=0.01, atol=0.02)
         torch.testing.assert_close(found.double(), expected, rtol=0.01, atol=0.02)
+
+
+def test_without_bfloat16_in_the_processor_pytorch_chooses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert linear._pointwise() is None
 
 
 def test_the_gradient_of_a_joined_layer_has_one_of_its_own() -> None:
