@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data_shards.errors import UserError
+from trainer.alone import FlatGroup, UpdateAlone
 from trainer.config import TrainerConfig
 from trainer.parts import EMA, MOMENTS, WEIGHT
 from trainer.phases import Phases
@@ -119,6 +120,11 @@ def _time_collectives(backend: Any, phases: Phases) -> None:
 
 def _clips_itself(config: TrainerConfig) -> bool:
     return config.zero_stage == 0 and config.precision == "fp32"
+
+
+def _updates_alone(config: TrainerConfig, world_size: int) -> bool:
+    """One rank, and DeepSpeed keeps its weights flat (but fp16's loss scale is its own affair)."""
+    return world_size == 1 and config.zero_stage == 1 and config.precision != "fp16"
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,12 @@ class Engine:
             # The guard decides when a run is over, and says so better than an Exception.
             self._optimizer.loss_scaler.raise_error_at_min_scale = False
         self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._alone: UpdateAlone | None = None
+        if _updates_alone(config, world_size):
+            # DeepSpeed keeps masters and weights, and calls this where it would make the update.
+            self._engine.enable_backward_allreduce = False
+            self._alone = UpdateAlone(self._flat_groups(), self._adam, config.clip_norm)
+            self._optimizer.step = self._alone
         self._create_moments()
 
     @property
@@ -365,6 +377,8 @@ class Engine:
         """The norm of the update being made or just made; stage 0 in fp16: times the loss scale."""
         if self._own_norm is not None:
             return self._own_norm
+        if self._alone is not None:
+            return self._alone.norm
         return float(self._optimizer._global_grad_norm)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -499,6 +513,18 @@ class Engine:
                     if length > 0:
                         yield _Place(parameter, start, master, offset, length)
                     offset += partition
+
+    def _flat_groups(self) -> list[FlatGroup]:
+        """ZeRO 1 and 2 with one rank: parameters in the order in which the masters hold them."""
+        groups = []
+        for index, master in enumerate(self._masters()):
+            places = [place for place in self._places() if place.master is master]
+            places.sort(key=lambda place: place.offset)
+            ends = [0, *(place.offset + place.length for place in places)]
+            assert ends[:-1] == [place.offset for place in places], "masters have gaps"
+            weights = self._optimizer.bit16_groups_flat[index]
+            groups.append(FlatGroup([place.parameter for place in places], weights, master))
+        return groups
 
     def _refresh_weights(self) -> None:
         """Give the module what the masters hold, as DeepSpeed does after an update."""
