@@ -26,6 +26,7 @@ from data_shards.plan import Plan
 from model.build import build
 from model.config import ModelConfig
 from model.cost import Work, training_flops
+from model.layers import FeedForward
 from model.loss_liger import liger_projection_loss
 from model.packed import with_dropout
 from model.transformer import Transformer
@@ -265,6 +266,21 @@ def _to_fp8(model: nn.Module) -> None:
         return bool(shape) and all(size % 16 == 0 for size in shape)
 
     convert_to_float8_training(model, module_filter_fn=fits)
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.inner = _Rectified(module.inner)  # type: ignore[assignment]
+
+
+class _Rectified(nn.Module):
+    """Any linear layer, called as ``model.linear.Linear`` is."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, inputs: Tensor, *, relu: bool = False) -> Tensor:
+        outputs: Tensor = self.linear(inputs)
+        return torch.relu_(outputs) if relu else outputs
 
 
 @dataclass
