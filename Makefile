@@ -16,6 +16,7 @@ CHECKPOINT ?= best
 INPUT ?= -
 TEST_SET ?=
 COMPARE ?=
+BENCH ?=
 RUNS ?= runs
 SET ?=
 OVERLAY ?=
@@ -63,7 +64,7 @@ help: ## Show this list
 	@echo "  OVERLAY=$(OVERLAY)  COMPONENTS='$(COMPONENTS)'  NODES=$(NODES)  GPUS=$(GPUS)  IMAGE=$(IMAGE)  NAMESPACE=$(NAMESPACE)"
 	@echo "  STORAGE=$(STORAGE)  (of make launch manifests resume doctor; with RAY_ADDRESS set, to that Ray cluster)"
 	@echo "  SET='a.b=c ...' (settings over CONFIG)  INPUT=$(INPUT)  CLUSTER=1 (of make doctor)  HARDWARE=$(HARDWARE) (of make plan)  PYTHON=$(PYTHON)  VENV=$(VENV)"
-	@echo "  PYTEST='...' (arguments for pytest)"
+	@echo "  PYTEST='...' (arguments for pytest)  BENCH='...' (arguments of make bench and make bench-gpu)"
 	@echo "  SEED=n, FAULTS='rank-killed ...', WRITE=1 (of make chaos: when faults strike, which,"
 	@echo "  and whether the table goes into docs/reliability.md; see python -m tests.chaos --help)"
 
@@ -197,8 +198,12 @@ chaos: setup ## Break real runs in every way; a table of what it cost (SEED=n FA
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(WRITE),--write) $(FAULTS)
 
 .PHONY: bench
-bench: setup ## Measure speed against alternatives (an hour); writes benchmarks/results
-	@for name in stream train overhead checkpoint recovery decode serving metrics; do $(BIN)/python benchmarks/$$name.py; done
+bench: setup ## Measure speed against alternatives: one table (an hour; BENCH='--quick': minutes)
+	@$(BIN)/python benchmarks/bench.py $(BENCH)
+
+.PHONY: bench-gpu
+bench-gpu: setup ## base and big on one GPU: tokens/s, MFU, memory, profile (without one it rehearses)
+	@$(BIN)/python benchmarks/gpu.py $(BENCH)
 
 # The paper's tables; each writes its results, its page in docs/paper and its plots anew.
 PAPER = --output benchmarks/results/$1.json --page docs/paper/$1.md

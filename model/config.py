@@ -141,3 +141,16 @@ class ModelConfig(BaseModel):
     def value_width(self) -> int:
         """Width of one head's values."""
         return self.d_v if self.d_v is not None else self.d_model // self.num_heads
+
+
+def why_padded(config: ModelConfig) -> str | None:
+    """Why such a model computes on padded batches on any device; None: it need not."""
+    if config.kind != "transformer":
+        return f"model.kind {config.kind} computes on padded batches"
+    if config.attention not in ("scaled_dot", "dot"):
+        return f"model.attention {config.attention} is no plain dot product"
+    if config.attention_dropout > 0 or config.activation_dropout > 0:
+        return "model.attention_dropout and model.activation_dropout are not drawn beforehand"
+    if config.key_width != config.value_width:
+        return "model.d_k and model.d_v differ"
+    return None

@@ -74,7 +74,7 @@ def _forward(
     # made from sums over the weights and over the states, never by a pass over [C, V].
     is_cpu = hidden_ND.device.type == "cpu"
     num_given = hidden_ND.size(0)
-    if is_cpu and num_given % _CPU_ROWS:
+    if is_cpu and hidden_ND.dtype == torch.bfloat16 and num_given % _CPU_ROWS:
         more = -num_given % _CPU_ROWS
         hidden_ND = functional.pad(hidden_ND, (0, 0, 0, more))
         targets_N = functional.pad(targets_N, (0, more), value=PAD_ID)

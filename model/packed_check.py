@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config import ModelConfig
+from model.config import ModelConfig, why_padded
 from model.packed import Segments, Side, reference_attention, varlen_attention
 
 # Of the outputs and gradients of a trial; bfloat16 has three digits.
@@ -21,16 +21,9 @@ def why_not(config: ModelConfig, precision: str, device: torch.device) -> str | 
     On a GPU the kernel is tried, forward and backward, against the reference; takes milliseconds
     once the device is set up.
     """
-    if config.kind != "transformer":
-        return f"model.kind {config.kind} computes on padded batches"
-    if config.attention not in ("scaled_dot", "dot"):
-        return f"model.attention {config.attention} is no plain dot product"
-    if config.attention_dropout > 0 or config.activation_dropout > 0:
-        return "model.attention_dropout and model.activation_dropout are not drawn beforehand"
-    if config.key_width != config.value_width:
-        return "model.d_k and model.d_v differ"
-    if device.type == "cpu":
-        return None
+    refusal = why_padded(config)
+    if refusal is not None or device.type == "cpu":
+        return refusal
     if precision == "fp32":
         return "the variable-length kernel computes in bf16 and fp16, not in fp32"
     if config.key_width % 8 or config.key_width > 256:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from model.config import ModelConfig
-from model.packed_check import why_not
+from model.config import ModelConfig, why_padded
 from trainer.config import RunConfig, TrainerConfig
 
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -101,7 +98,7 @@ def tokens_in_a_pass(config: RunConfig, num_devices: int) -> int:
     data, trainer = config.data, config.trainer
     of_a_lane = data.tokens_per_step // data.lanes
     packs = trainer.batches != "padded" and trainer.precision != "fp32"
-    if not packs or why_not(config.model, trainer.precision, torch.device("cpu")) is not None:
+    if not packs or why_padded(config.model) is not None:
         return of_a_lane
     lanes_of_a_rank = -(-data.lanes // num_devices)
     return of_a_lane * min(lanes_of_a_rank, max(1, trainer.tokens_per_pass // of_a_lane))
