@@ -55,10 +55,10 @@ class Benchmark:
 
 
 BENCHMARKS = (
-    Benchmark("train", quick=("--rounds", "2", "--seconds", "3")),
+    Benchmark("train", quick=("--rounds", "2", "--seconds", "3", "--warm-up", "15")),
     Benchmark("curves"),
     Benchmark("stream", quick=("--repeats", "2", "--passes", "1")),
-    Benchmark("latency", quick=("--rounds", "1", "--seconds", "4")),
+    Benchmark("latency", quick=("--starts", "1", "--rounds", "1", "--seconds", "4")),
     Benchmark("overhead", quick=("--rounds", "2", "--seconds", "4")),
     Benchmark("start", quick=("--quick",)),
     # Not its part on quality, which trains six models.

@@ -194,14 +194,23 @@ class Worker:
 
 
 def take_turns(
-    contestants: Sequence[Contestant], *, rounds: int, seconds: float, say: Callable[[str], None]
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
+    warm_up_s: float | None = None,
 ) -> list[list[Turn]]:
     """Every contestant's turns: a warm-up each, then rounds in which each has one.
 
     Every other round goes backwards, so that nobody always follows the same neighbour.
+
+    Args:
+        seconds: of processor time, of a turn.
+        warm_up_s: of the warm-up; by default a third of a turn.
     """
     for contestant in contestants:
-        contestant.turn(seconds / 3)
+        contestant.turn(seconds / 3 if warm_up_s is None else warm_up_s)
     turns: list[list[Turn]] = [[] for _ in contestants]
     for number in range(rounds):
         order = range(len(contestants))
