@@ -32,7 +32,9 @@ from data_shards.config import DataConfig  # noqa: E402
 __all__ = ["Meter", "Turn"]  # passed on to the benchmarks
 
 ALLOCATOR = {
-    name: value for name, value in session._ENVIRONMENT.items() if name.startswith("MALLOC_")
+    name: value
+    for name, value in session._ENVIRONMENT.items()
+    if name.startswith(("MALLOC_", "GLIBC_"))
 }
 
 # Options that say where things are, not what is measured.
