@@ -15,6 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Elements whose squares are summed in float32: of many more a CPU loses the small ones to rounding
+# (of 60 million 0.5 % of the norm, of 200 million 3 %).
+_NORM_ELEMENTS = 1 << 16
+
+# Gradients that are copied at a time, before they are let go.
+_COPIED_TOGETHER = 16
+
 
 @dataclass(frozen=True)
 class FlatGroup:
@@ -53,7 +60,7 @@ class UpdateAlone:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Make the update from the parameters' gradients, which stay as they are.
+        """Make the update from the parameters' gradients, which are taken from them.
 
         ``norm`` is then the gradients' norm before clipping. Adam's pre-step hook, which knows it
         by then, can hold the update back by taking the masters' gradients away.
@@ -61,7 +68,7 @@ class UpdateAlone:
         for group, sizes in zip(self._groups, self._sizes, strict=True):
             group.master.grad = _flattened(group, sizes)
         gradients = [group.master.grad for group in self._groups if group.master.grad is not None]
-        self.norm = math.hypot(*(float(gradient.norm()) for gradient in gradients))
+        self.norm = exact_norm(gradients)
         if self._clip_norm > 0 and self.norm > self._clip_norm:
             for gradient in gradients:
                 gradient.mul_(self._clip_norm / (self.norm + 1e-6))
@@ -71,17 +78,32 @@ class UpdateAlone:
             group.weights.copy_(group.master)
 
 
+def exact_norm(tensors: Sequence[Tensor]) -> float:
+    """The norm of all elements together, which no number of them makes too small.
+
+    Not finite where an element is not.
+    """
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        # (A GPU sums over many threads, and so exactly enough.)
+        parts += tensor.flatten().split(_NORM_ELEMENTS) if tensor.is_cpu else [tensor]  # type: ignore[no-untyped-call]
+    return math.hypot(*torch.stack(torch._foreach_norm(parts)).tolist()) if parts else 0.0
+
+
 def _flattened(group: FlatGroup, sizes: Sequence[int]) -> Tensor:
     flat = torch.empty_like(group.master)
     *parts, padding = flat.split(sizes)  # type: ignore[no-untyped-call]
     padding.zero_()
-    into, gradients = [], []
-    for part, parameter in zip(parts, group.parameters, strict=True):
-        if parameter.grad is None:
-            part.zero_()
-        else:
-            into.append(part)
-            gradients.append(parameter.grad.reshape(-1))
-    if into:
-        torch._foreach_copy_(into, gradients)
+    pairs = list(zip(parts, group.parameters, strict=True))
+    for first in range(0, len(pairs), _COPIED_TOGETHER):
+        into, gradients = [], []
+        for part, parameter in pairs[first : first + _COPIED_TOGETHER]:
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                into.append(part)
+                gradients.append(parameter.grad.reshape(-1))
+                parameter.grad = None  # so that not all of both are there at once
+        if into:
+            torch._foreach_copy_(into, gradients)
     return flat

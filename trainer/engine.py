@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data_shards.errors import UserError
-from trainer.alone import FlatGroup, UpdateAlone
+from trainer.alone import FlatGroup, UpdateAlone, exact_norm
 from trainer.config import TrainerConfig
 from trainer.parts import EMA, MOMENTS, WEIGHT
 from trainer.phases import Phases
@@ -65,9 +65,13 @@ def deepspeed_config(config: TrainerConfig, *, world_size: int, on_cpu: bool) ->
             "reduce_bucket_size": _BUCKET_ELEMENTS,
             "allgather_bucket_size": _BUCKET_ELEMENTS,
             # Below 2 it cannot where gradient accumulation is the caller's.
-            "overlap_comm": config.zero_stage == 3 or (config.zero_stage == 2 and not on_cpu),
-            # Copying gradients together spares a GPU's memory fragments; on a CPU it only costs.
-            "contiguous_gradients": not (on_cpu and config.zero_stage < 2),
+            "overlap_comm": config.zero_stage == 3
+            or (config.zero_stage == 2 and not on_cpu and world_size > 1),
+            # Copying gradients together spares a GPU's memory fragments; on a CPU it only costs,
+            # and where the update is ours it would be a buffer that nobody uses.
+            "contiguous_gradients": not (
+                _updates_alone(config, world_size) or (on_cpu and config.zero_stage < 2)
+            ),
         },
         "steps_per_print": None,
     }
@@ -322,9 +326,13 @@ class Engine:
                 self._reduction.launch_rest()
                 self._reduction.finish()
         if _clips_itself(self._config):
-            bound = self._config.clip_norm or float("inf")
-            norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), bound)
-            self._own_norm = norm.item()
+            parameters = list(self._names)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._own_norm = exact_norm(gradients)
+            if self._config.clip_norm > 0:
+                nn.utils.clip_grads_with_norm_(
+                    parameters, self._config.clip_norm, torch.tensor(self._own_norm)
+                )
         self._veto = veto
         updates, scaler = self._updates, self._scaler_state()
         self._engine.step()
@@ -515,7 +523,7 @@ class Engine:
                     offset += partition
 
     def _flat_groups(self) -> list[FlatGroup]:
-        """ZeRO 1 and 2 with one rank: parameters in the order in which the masters hold them."""
+        """ZeRO 1 with one rank: parameters in the order in which the masters hold them."""
         groups = []
         for index, master in enumerate(self._masters()):
             places = [place for place in self._places() if place.master is master]

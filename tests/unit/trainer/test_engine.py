@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,8 +28,8 @@ def test_clipping_is_deepspeeds_but_for_plain_float32() -> None:
     clip = {"clip_norm": 0.7}
     sharded = TrainerConfig.model_validate({"zero_stage": 1, **clip})
     plain = TrainerConfig.model_validate({"zero_stage": 0, **clip})
-    assert deepspeed_config(sharded, world_size=1, on_cpu=True)["gradient_clipping"] == 0.7
-    assert deepspeed_config(plain, world_size=1, on_cpu=True)["gradient_clipping"] == 0.0
+    assert deepspeed_config(sharded, world_size=2, on_cpu=True)["gradient_clipping"] == 0.7
+    assert deepspeed_config(plain, world_size=2, on_cpu=True)["gradient_clipping"] == 0.0
 
 
 def test_gradients_are_rounded_only_where_they_are_sent() -> None:
@@ -45,6 +47,16 @@ def test_deepspeed_overlaps_where_it_can(stage: int, overlaps: bool) -> None:
     config = TrainerConfig.model_validate({"zero_stage": stage})
     values = deepspeed_config(config, world_size=2, on_cpu=False)
     assert values["zero_optimization"]["overlap_comm"] is overlaps
+
+
+def test_one_rank_alone_holds_no_buffers_for_what_it_does_not_send() -> None:
+    def zero(stage: int, precision: str) -> Any:
+        config = TrainerConfig.model_validate({"zero_stage": stage, "precision": precision})
+        return deepspeed_config(config, world_size=1, on_cpu=False)["zero_optimization"]
+
+    assert zero(2, "bf16")["overlap_comm"] is False
+    assert zero(1, "bf16")["contiguous_gradients"] is False
+    assert zero(1, "fp16")["contiguous_gradients"] is True  # DeepSpeed's own update
 
 
 def test_fp16_on_a_cpu_is_refused_before_deepspeed_is_loaded() -> None:
