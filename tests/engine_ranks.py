@@ -28,6 +28,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 EMA_DECAY = 0.3
 VOCABULARY, WIDTH, ROWS, LENGTH = 13, 7, 6, 5
 LEARNING_RATE = 0.01
+CLIP_NORM = 0.5
 State = dict[str, dict[str, Tensor]]  # kind, parameter: whole and flat
 
 
@@ -72,7 +73,7 @@ def make_engine(world_size: int, stage: int, precision: str) -> Engine:
             "weight_decay": 0.01,
             # Large: else elements whose gradient is nearly zero magnify rounding.
             "adam_epsilon": 1e-3,
-            "clip_norm": 0.5,
+            "clip_norm": CLIP_NORM,
             "ema_decay": EMA_DECAY,
         }
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.engine_ranks import (
+    CLIP_NORM,
     EMA_DECAY,
     KINDS,
     LEARNING_RATE,
@@ -87,6 +88,35 @@ def skip_and_rewind(
     if rank == 0:
         torch.save(saved, state_file(folder, world_size, stage, precision))
     return results
+
+
+def alone_and_deepspeeds_own(rank: int, world_size: int, precision: str) -> None:
+    """One rank's update in one piece is DeepSpeed's: as it comes, clipped, vetoed, no number."""
+    alone = make_engine(world_size, 1, precision)
+    with mock.patch("trainer.engine._updates_alone", return_value=False):
+        theirs = make_engine(world_size, 1, precision)
+    assert alone._alone is not None
+    assert theirs._alone is None
+    clipped = []
+    for step, factor in enumerate((1e-3, 50.0, 0.0, math.nan, 0.3)):
+        results = []
+        for engine in (alone, theirs):
+            accumulate(engine, step, rank, world_size, factor=factor or 1.0)
+            results.append(engine.step(LEARNING_RATE, veto=factor == 0))
+        found, expected = results
+        assert found.applied == expected.applied == (factor > 0)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5, nan_ok=True) or not (
+            math.isfinite(found.grad_norm) or math.isfinite(expected.grad_norm)
+        )
+        clipped.append(found.grad_norm > CLIP_NORM)
+        ours, others = (whole_state(engine, rank, world_size) for engine in (alone, theirs))
+        torch.testing.assert_close(ours, others, rtol=1e-5, atol=1e-7)
+        weights = [list(engine.module.parameters()) for engine in (alone, theirs)]
+        torch.testing.assert_close(*weights, rtol=1e-2 if precision == "bf16" else 1e-5, atol=1e-6)
+        assert alone.scalars() == theirs.scalars()
+        # So that both have the same gradients next, where a weight was rounded the other way.
+        restore(theirs, ours, alone.scalars())
+    assert clipped[:2] == [False, True]
 
 
 def carry_over(
@@ -226,3 +256,8 @@ def test_fp16_lowers_its_scale_and_remembers_it(tmp_path: Path) -> None:
 def test_the_moving_average_is_that_of_the_weights(tmp_path: Path, world_size: int) -> None:
     settings = [(stage, precision) for stage in STAGES for precision in PRECISIONS]
     run_tasks(world_size, tmp_path, [(moving_average, one) for one in settings])
+
+
+def test_one_rank_alone_updates_as_deepspeed_does(tmp_path: Path) -> None:
+    tasks = [(alone_and_deepspeeds_own, (precision,)) for precision in PRECISIONS]
+    run_tasks(1, tmp_path, tasks)
