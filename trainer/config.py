@@ -53,7 +53,8 @@ class TrainerConfig(BaseModel):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
         description="what DeepSpeed shares out over ranks: nothing (0), Adam's state (1), "
-        "gradients (2), weights (3). Higher ones save memory and send more",
+        "gradients (2), weights (3). Higher ones save memory and send more. One worker has nobody "
+        "to share with: 0 is then 1, which in fp32 holds a copy of the weights",
     )
     gradient_dtype: Literal["fp32", "bf16"] | None = Field(
         None,

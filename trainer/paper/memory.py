@@ -14,6 +14,7 @@ from trainer.config import RunConfig, TrainerConfig
 
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # trainer.engine: elements of DeepSpeed's buckets, one that gathers and one that reduces.
+# Where ZeRO 2 overlaps its reductions, another fills while one is sent.
 _BUCKET_ELEMENTS, _NUM_BUCKETS = 50_000_000, 2
 # model.loss: logits held at a time on a GPU, and how many matrices of that size: in the precision
 # of the run the logits and their softmax, in float32 what logsumexp makes, and in half precision
@@ -31,7 +32,7 @@ class Memory:
         weights, gradients: in the precision of the run.
         optimizer: float32 weights and Adam's two moments (in fp32 the weights are their own).
         activations: what autograd keeps of one pass, and what the loss works with.
-        buffers: DeepSpeed's buckets.
+        buffers: DeepSpeed's buckets; of one device below ZeRO 2 the float32 gradient.
     """
 
     stage: int
@@ -62,14 +63,15 @@ def memory(
     """Of one device.
 
     Args:
-        stage: 1 shares out the optimizer, 2 the gradients as well, 3 the weights as well.
+        stage: 1 shares out the optimizer, 2 the gradients as well, 3 the weights as well. One
+            device has nobody to share with: 0 is then 1.
         tokens_per_lane: source and as many target tokens that are in one forward pass.
     """
     item = _ITEM_BYTES[trainer.precision]
     share = 1 / num_devices
     kept = _MOMENTS_BYTES
     # In fp32 at stage 0 Adam updates the weights themselves; ZeRO keeps a copy of its share.
-    if trainer.precision != "fp32" or stage > 0:
+    if trainer.precision != "fp32" or stage > 0 or num_devices == 1:
         kept += _MASTER_BYTES
     if trainer.ema_decay is not None:
         kept += _AVERAGE_BYTES
@@ -86,8 +88,16 @@ def memory(
         gradients=num_parameters * item * (share if stage >= 2 else 1),
         optimizer=num_parameters * kept * (share if stage >= 1 else 1),
         activations=activations,
-        buffers=_NUM_BUCKETS * min(_BUCKET_ELEMENTS, num_parameters) * item,
+        buffers=_buffers(trainer, stage, num_parameters, num_devices),
     )
+
+
+def _buffers(trainer: TrainerConfig, stage: int, num_parameters: int, num_devices: int) -> float:
+    if num_devices == 1 and stage < 2 and trainer.precision != "fp16":
+        return _MASTER_BYTES * num_parameters  # trainer.alone
+    num_buckets = _NUM_BUCKETS + (stage == 2 and num_devices > 1)
+    item = _ITEM_BYTES[trainer.precision]
+    return num_buckets * min(_BUCKET_ELEMENTS, num_parameters) * item
 
 
 def tokens_in_a_pass(config: RunConfig, num_devices: int) -> int:

@@ -245,6 +245,14 @@ def test_stages_share_out_what_they_say() -> None:
         vocab_size=1000, tokens_per_lane=100,
     )  # fmt: skip
     assert (alone.weights, alone.gradients, alone.optimizer) == (320, 320, 640)
+    assert alone.buffers == 2 * 80 * 4
+    assert [m.buffers for m in of] == [320, 320, 480, 320]
+    single = memory(
+        model, TrainerConfig(precision="fp32"), stage=0, num_parameters=80, num_devices=1,
+        vocab_size=1000, tokens_per_lane=100,
+    )  # fmt: skip
+    # (As stage 1: masters besides the weights, and the gradient once more.)
+    assert (single.optimizer, single.buffers) == (960, 320)
     assert checkpoint_bytes(TrainerConfig(ema_decay=0.99), 10) == 160
 
 
