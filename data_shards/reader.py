@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import logging
+import os
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data_shards.blocks import Block, block_key
 from data_shards.errors import DataError
 from data_shards.manifest import Manifest
-from data_shards.store import ShardStore
+from data_shards.store import CopyId, ShardStore, copy_id
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,11 @@ _decode_members = autodecode.Decoder([], only=_MEMBERS)
 
 
 class _BadBlockError(Exception):
-    """What was expected and what was found in its place."""
+    """What was expected and what was found in its place, and in which file."""
+
+    def __init__(self, message: str, copy: CopyId | None = None) -> None:
+        super().__init__(message)
+        self.copy = copy
 
 
 class BlockReader:
@@ -70,7 +75,7 @@ class BlockReader:
             if not self._store.is_remote(shard):
                 raise self._error(block, shard, str(error)) from None
             log.warning("%s: cached copy is damaged (%s)", self._store.name(shard), error)
-            self._store.discard(shard)
+            self._store.discard(shard, error.copy)
         try:
             return self._read(block, row)
         except _BadBlockError as error:
@@ -79,30 +84,32 @@ class BlockReader:
     def _read(self, block: int, row: Any) -> Block:
         offset, num_bytes = int(row["offset"]), int(row["bytes"])
         expected, shard = row["sha256"].decode(), int(row["shard"])
-        data = None
+        data, copy = None, None
         if self._store.in_parts(shard):
             data = self._store.read_part(shard, offset, num_bytes, expected)
         if data is None:
-            data = self._read_local(self._store.path(shard), offset, num_bytes)
+            data, copy = self._read_local(self._store.path(shard), offset, num_bytes)
         found = hashlib.sha256(data).hexdigest()
         if found != expected:
-            raise _BadBlockError(f"expected sha256 {expected}, found {found}")
+            raise _BadBlockError(f"expected sha256 {expected}, found {found}", copy)
         return self._checked(block, row, _decode(data))
 
-    def _read_local(self, path: Path, offset: int, num_bytes: int) -> bytes:
+    def _read_local(self, path: Path, offset: int, num_bytes: int) -> tuple[bytes, CopyId]:
         try:
-            data = self._read_range(path, offset, num_bytes)
+            data, copy = self._read_range(path, offset, num_bytes)
         except FileNotFoundError:
             raise _BadBlockError("the file is missing") from None
         except OSError as error:
-            raise _BadBlockError(f"cannot be read: {error.strerror or error}") from None
+            raise _BadBlockError(
+                f"cannot be read: {error.strerror or error}", _copy(path)
+            ) from None
         if len(data) != num_bytes:
             end = offset + num_bytes
             found = (
                 f"the file ends at byte {offset + len(data)}" if data else "the file ends before"
             )
-            raise _BadBlockError(f"expected bytes {offset} to {end}, {found}")
-        return data
+            raise _BadBlockError(f"expected bytes {offset} to {end}, {found}", copy)
+        return data, copy
 
     def _checked(self, block: int, row: Any, decoded: Block) -> Block:
         """The block, if it is what the index says."""
@@ -117,13 +124,13 @@ class BlockReader:
             raise _BadBlockError(f"expected {expected_sizes} ids a side, found {found_sizes}")
         return decoded
 
-    def _read_range(self, path: Path, offset: int, num_bytes: int) -> bytes:
-        """The file's bytes; tries again after errors of transport."""
+    def _read_range(self, path: Path, offset: int, num_bytes: int) -> tuple[bytes, CopyId]:
+        """The file's bytes, and which file it was; tries again after errors of transport."""
         for wait_s in (*_WAITS_S, None):
             try:
                 with path.open("rb") as file:
                     file.seek(offset)
-                    return file.read(num_bytes)
+                    return file.read(num_bytes), copy_id(os.fstat(file.fileno()))
             except OSError as error:
                 if wait_s is None or error.errno not in _TRANSIENT:
                     raise
@@ -132,12 +139,22 @@ class BlockReader:
         raise AssertionError("unreachable")
 
     def _error(self, block: int, shard: int, problem: str) -> DataError:
+        if self._store.is_remote(shard):
+            where = f"shard {self._store.name(shard)}, block {block}"
+            return DataError(f"{where}: {problem}. {self._store.remedy(shard)}")
         folder = self._manifest.folder
         return DataError(
             f"shard {self._store.name(shard)}, block {block}: {problem}. List all that is wrong "
             f"with `babelray data verify {folder}`; then restore the file from its copy, or "
             f"remove {folder} and run `babelray data prepare` again"
         )
+
+
+def _copy(path: Path) -> CopyId | None:
+    try:
+        return copy_id(path.stat())
+    except OSError:
+        return None
 
 
 def _decode(data: bytes) -> Block:

@@ -21,17 +21,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, url2pathname, urlopen
+from urllib.request import url2pathname
 
 import webdataset
 
 from data_shards.errors import DataError
-from data_shards.manifest import Manifest, ShardEntry
+from data_shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from data_shards.ranges import Closed, FetchError, NoRangesError, RangeFetcher
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +42,14 @@ _PIECE_BYTES = 1 << 20
 
 # A shard up to this size is fetched whole: that takes hardly longer than one of its blocks.
 WHOLE_SHARD_BYTES = 4 << 20
-# The longest that nothing may come from a server that was asked for a block.
-_SILENCE_S = 10.0
-_PARTIAL_CONTENT = 206
-_COME_AGAIN = (408, 429)  # request timeout, too many requests
+
+# Which file it was that lay at a path: inode and time of its last change.
+CopyId = tuple[int, int]
 
 
-class Closed(Exception):  # noqa: N818 - not an error: whoever closed the store asked for it
-    """The store was closed while a shard was being fetched."""
-
-
-class _FetchError(Exception):
-    """One attempt failed; ``final`` if another would fail alike."""
-
-    def __init__(self, message: str, *, final: bool = False) -> None:
-        super().__init__(message)
-        self.final = final
-
-
-class _NoRangesError(Exception):
-    """The server sends the whole file where a part of it was asked for."""
+def copy_id(status: os.stat_result) -> CopyId:
+    """What tells a file from the one that took its place."""
+    return status.st_ino, status.st_mtime_ns
 
 
 class ShardStore:
@@ -90,12 +77,23 @@ class ShardStore:
         self._backoff_s = backoff_s
         self._closed = threading.Event()
         self._open_streams: set[Any] = set()
+        self._fetcher = RangeFetcher()
         self._lock = threading.Lock()
         self._ranges = True  # until a server is found to ignore them
 
     def name(self, shard: int) -> str:
         """Path or URL of a shard, as messages should call it."""
         return self._manifest.shard_path(shard)
+
+    def remedy(self, shard: int) -> str:
+        """What to do about a remote shard that cannot be had or is not as it should be."""
+        entry, folder = self._manifest.data.shards[shard], self._manifest.folder
+        return (
+            f"Check that it can be reached and that its sha256 is {entry.sha256}, as "
+            f"{folder / MANIFEST_NAME} says; else upload {entry.file} again from where it was "
+            f"prepared. `babelray data verify {folder} --shards-url {self._manifest.shards_url}` "
+            "looks at all of them"
+        )
 
     def is_remote(self, shard: int) -> bool:
         """Whether the shard is read through the cache."""
@@ -114,7 +112,7 @@ class ShardStore:
         entry = self._manifest.data.shards[shard]
         path = self._cached(entry)
         if not _has_size(path, entry.bytes):
-            self._fetch(name, entry, path)
+            self._fetch(shard, entry, path)
         return path
 
     def ensure(self, shards: Iterable[int]) -> None:
@@ -151,8 +149,7 @@ class ShardStore:
             Closed: the store was closed meanwhile.
         """
         url = self.name(shard)
-        path = self._cached(self._manifest.data.shards[shard])
-        path = path.with_name(path.name + ".blocks")
+        path = _parts_file(self._cached(self._manifest.data.shards[shard]))
         try:
             self._cache_dir.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -160,10 +157,10 @@ class ShardStore:
                 content = os.pread(file, num_bytes, offset)
                 if hashlib.sha256(content).hexdigest() == sha256:
                     return content
-                ask = partial(_fetch_range, url, offset, num_bytes, sha256)
+                ask = partial(self._fetcher.fetch, url, offset, num_bytes, sha256)
                 try:
-                    content = self._with_retries(url, ask)
-                except _NoRangesError:
+                    content = self._with_retries(shard, ask)
+                except NoRangesError:
                     log.info("%s: the server sends whole files only", url)
                     self._ranges = False
                     return None
@@ -174,10 +171,22 @@ class ShardStore:
         except OSError as error:
             raise self._no_room(url, error) from None
 
-    def discard(self, shard: int) -> None:
-        """Forget a cached copy that turned out damaged; the next ``path`` fetches it again."""
+    def discard(self, shard: int, read: CopyId | None) -> None:
+        """Forget a cached copy that turned out damaged; the next ``path`` fetches it again.
+
+        Args:
+            shard: its number.
+            read: ``copy_id`` of the file that was read. Another that lies there by now stays:
+                somebody else has found the damage, too, and has fetched the shard again.
+        """
         assert self.is_remote(shard)
-        self._cached(self._manifest.data.shards[shard]).unlink(missing_ok=True)
+        path = self._cached(self._manifest.data.shards[shard])
+        try:
+            with self._only_one(_lock_file(path)), suppress(FileNotFoundError):
+                if copy_id(path.stat()) == read:
+                    path.unlink()
+        except OSError as error:
+            raise self._no_room(self.name(shard), error) from None
 
     def wait(self, seconds: float) -> None:
         """Sleep.
@@ -194,6 +203,7 @@ class ShardStore:
         with self._lock:
             for stream in self._open_streams:
                 _terminate(stream)
+        self._fetcher.close()
 
     def _is_here(self, shard: int) -> bool:
         entry = self._manifest.data.shards[shard]
@@ -203,14 +213,14 @@ class ShardStore:
         # Named by content: corpora share the folder, and an older copy is never taken for this one.
         return self._cache_dir / f"{entry.sha256[:16]}-{Path(entry.file).name}"
 
-    def _fetch(self, url: str, entry: ShardEntry, path: Path) -> None:
+    def _fetch(self, shard: int, entry: ShardEntry, path: Path) -> None:
         try:
             self._cache_dir.mkdir(parents=True, exist_ok=True)
-            with self._only_one(path.with_name(path.name + ".lock")):
+            with self._only_one(_lock_file(path)):
                 if not _has_size(path, entry.bytes):  # else another process has just fetched it
-                    self._fetch_with_retries(url, entry, path)
+                    self._fetch_with_retries(shard, entry, path)
         except OSError as error:
-            raise self._no_room(url, error) from None
+            raise self._no_room(self.name(shard), error) from None
 
     def _no_room(self, url: str, error: OSError) -> DataError:
         return DataError(
@@ -218,26 +228,26 @@ class ShardStore:
             "data.cache_dir to a folder that can be written to and has room for the corpus"
         )
 
-    def _fetch_with_retries(self, url: str, entry: ShardEntry, path: Path) -> None:
+    def _fetch_with_retries(self, shard: int, entry: ShardEntry, path: Path) -> None:
         draft = path.with_name(path.name + ".part")
-        self._with_retries(url, partial(self._fetch_once, url, entry, draft))
+        self._with_retries(shard, partial(self._fetch_once, self.name(shard), entry, draft))
         draft.replace(path)
+        _parts_file(path).unlink(missing_ok=True)  # of no use beside the whole
 
-    def _with_retries(self, url: str, fetch: Callable[[], T]) -> T:
+    def _with_retries(self, shard: int, fetch: Callable[[], T]) -> T:
+        url = self.name(shard)
         for attempt in range(1, self._attempts + 1):
             if self._closed.is_set():
                 raise Closed
             try:
                 return fetch()
-            except _FetchError as error:
+            except FetchError as error:
                 if self._closed.is_set():
                     raise Closed from None
                 if error.final or attempt == self._attempts:
                     raise DataError(
                         f"{url} cannot be fetched ({attempt} of {self._attempts} attempts): "
-                        f"{error}. Check that it can be reached and is the shard that "
-                        f"{self._manifest.folder} describes (`babelray data verify` there), or "
-                        "prepare the corpus again"
+                        f"{error}. {self.remedy(shard)}"
                     ) from None
                 wait_s = self._backoff_s * 2 ** (attempt - 1)
                 log.warning("%s: %s; trying again in %g s", url, error, wait_s)
@@ -252,19 +262,19 @@ class ShardStore:
                 digest.update(piece)
                 num_bytes += len(piece)
         if num_bytes != entry.bytes:
-            raise _FetchError(f"expected {entry.bytes} bytes, found {num_bytes}")
+            raise FetchError(f"expected {entry.bytes} bytes, found {num_bytes}")
         if digest.hexdigest() != entry.sha256:
-            raise _FetchError(f"expected sha256 {entry.sha256}, found {digest.hexdigest()}")
+            raise FetchError(f"expected sha256 {entry.sha256}, found {digest.hexdigest()}")
 
     def _pieces(self, url: str) -> Generator[bytes, None, None]:
-        """What lies at the URL, piece by piece. All that goes wrong is a ``_FetchError``."""
+        """What lies at the URL, piece by piece. All that goes wrong is a ``FetchError``."""
         try:
             stream = webdataset.gopen(_openable(url))
         except FileNotFoundError as error:
             message = f"the program {error.filename}, which fetches such files, is not installed"
-            raise _FetchError(message, final=True) from None
+            raise FetchError(message, final=True) from None
         except (OSError, ValueError) as error:
-            raise _FetchError(str(error), final=isinstance(error, ValueError)) from None
+            raise FetchError(str(error), final=isinstance(error, ValueError)) from None
         with self._lock:
             self._open_streams.add(stream)
         try:
@@ -275,8 +285,8 @@ class ShardStore:
             status = stream.proc.poll() if hasattr(stream, "proc") else None
             if status == _CURL_REFUSED:
                 message = "the server says that it is not there, or not for us (curl status 22)"
-                raise _FetchError(message, final=True) from None
-            raise _FetchError(f"the transfer broke off (status {status})") from None
+                raise FetchError(message, final=True) from None
+            raise FetchError(f"the transfer broke off (status {status})") from None
         finally:
             with self._lock:
                 self._open_streams.discard(stream)
@@ -308,28 +318,12 @@ def _has_size(path: Path, num_bytes: int) -> bool:
         return False
 
 
-def _fetch_range(url: str, offset: int, num_bytes: int, sha256: str) -> bytes:
-    """Some bytes of what lies at the URL. All that goes wrong is a ``_FetchError``."""
-    wanted = f"bytes={offset}-{offset + num_bytes - 1}"
-    request = Request(url, headers={"Range": wanted})  # noqa: S310 - http(s), see in_parts
-    try:
-        with urlopen(request, timeout=_SILENCE_S) as response:  # noqa: S310
-            if response.status != _PARTIAL_CONTENT:
-                raise _NoRangesError
-            content: bytes = response.read(num_bytes + 1)
-    except HTTPError as error:
-        error.close()
-        final = 400 <= error.code < 500 and error.code not in _COME_AGAIN
-        raise _FetchError(f"the server answers {error.code} {error.reason}", final=final) from None
-    except (OSError, HTTPException) as error:
-        raise _FetchError(f"bytes from {offset} on did not come: {error!r}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise _FetchError(
-            f"bytes {offset} to {offset + num_bytes}: expected sha256 {sha256}, found {found} of "
-            f"{len(content)} bytes"
-        )
-    return content
+def _lock_file(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _parts_file(path: Path) -> Path:
+    return path.with_name(path.name + ".blocks")
 
 
 def _openable(url: str) -> str:

@@ -30,8 +30,9 @@ from data_shards.blocks import Block
 from data_shards.config import BOS_ID, PAD_ID
 from data_shards.manifest import Manifest
 from data_shards.plan import LaneBatch, Plan, Segment, data_hash
+from data_shards.ranges import Closed
 from data_shards.reader import BlockReader
-from data_shards.store import Closed, ShardStore
+from data_shards.store import ShardStore
 
 Int64 = NDArray[np.int64]
 

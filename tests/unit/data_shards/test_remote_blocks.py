@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import re
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from data_shards import ranges as ranges_module
 from data_shards import store as store_module
 from data_shards.blocks import block_key
 from data_shards.config import DataConfig
 from data_shards.errors import DataError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
+from data_shards.ranges import Closed
 from data_shards.reader import BlockReader
 from data_shards.store import ShardStore
 from data_shards.stream import BatchSource, Stream
@@ -209,3 +212,80 @@ def test_the_next_windows_are_read_while_these_are_used_and_no_others(
         got += [next(stream) for _ in range(plan.steps_per_epoch + 3)]
     for step, made in enumerate(got):
         assert contents(made.batches) == contents(local.step(step, range(4)).batches)
+
+
+def drip(released: threading.Event) -> Callable[[Any, int], bool]:
+    """Answers with a byte now and then."""
+
+    def before(handler: Any, _: int) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while not released.wait(0.02):
+                handler.wfile.write(b"x")
+        return True
+
+    return before
+
+
+def silence(released: threading.Event) -> Callable[[Any, int], bool]:
+    return lambda *_: released.wait(20)
+
+
+@pytest.mark.parametrize("badly", [drip, silence])
+def test_closing_does_not_wait_for_a_server_that_answers_badly(
+    prepared: Prepared,
+    server: Server,
+    tmp_path: Path,
+    badly: Callable[[threading.Event], Callable[[Any, int], bool]],
+) -> None:
+    config, manifest = prepared
+    released = threading.Event()
+    server.before = badly(released)
+    plan = Plan.of(manifest, config, 1)
+    try:
+        stream = Stream(
+            there(prepared, server), plan, range(4), 0, prefetch_steps=1, cache_dir=tmp_path
+        )
+        deadline = time.monotonic() + 10
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.005)
+        began = time.monotonic()
+        stream.close()
+        assert time.monotonic() - began < 2
+    finally:
+        released.set()
+
+
+def test_a_dripping_server_is_given_up_and_the_request_with_it(
+    prepared: Prepared, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges_module, "_SILENCE_S", 0.1)
+    monkeypatch.setattr(ranges_module, "_SLOWEST_BYTES_PER_S", 1 << 30)
+    released = threading.Event()
+    server.before = drip(released)
+    try:
+        with pytest.raises(DataError, match=r"3 of 3 attempts\): .*(within|too slowly)"):
+            reader_of(there(prepared, server), tmp_path).read(3)
+        deadline = time.monotonic() + 5
+        while requests_going_on() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert not requests_going_on()
+    finally:
+        released.set()
+
+
+def requests_going_on() -> bool:
+    return any(thread.name == "babelray-range" for thread in threading.enumerate())
+
+
+def test_a_closed_store_asks_for_nothing(
+    prepared: Prepared, server: Server, tmp_path: Path
+) -> None:
+    manifest = there(prepared, server)
+    store = ShardStore(manifest, tmp_path)
+    store.close()
+    with pytest.raises(Closed):
+        BlockReader(manifest, store).read(3)
+    assert not server.requests

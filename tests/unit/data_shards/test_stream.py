@@ -29,9 +29,10 @@ from data_shards.config import BOS_ID, EOS_ID, PAD_ID, DataConfig
 from data_shards.errors import DataError
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan, lanes_of_rank
+from data_shards.ranges import Closed
 from data_shards.reader import BlockReader
 from data_shards.shards import prepare
-from data_shards.store import Closed, ShardStore
+from data_shards.store import ShardStore, copy_id
 from data_shards.stream import BatchSource, Stream
 
 Prepared = tuple[DataConfig, Manifest]
@@ -519,6 +520,33 @@ def test_a_damaged_cached_copy_is_fetched_again(
     path.write_bytes(content)
     assert BlockReader(there, store).read(0).key == block_key(0)
     assert sum(server.requests.values()) == 2
+
+
+def test_a_copy_that_took_the_place_of_a_damaged_one_is_left(
+    prepared: Prepared, server: Server, tmp_path: Path
+) -> None:
+    store = ShardStore(remote(prepared[1], server.url), tmp_path)
+    path = store.path(0)
+    read = copy_id(path.stat())
+    draft = tmp_path / "another reader's"
+    draft.write_bytes(path.read_bytes())
+    draft.replace(path)
+    store.discard(0, read)
+    assert path.exists()
+    store.discard(0, copy_id(path.stat()))
+    assert not path.exists()
+    store.discard(0, read)  # another reader has discarded it, and not yet fetched
+
+
+def test_parts_are_dropped_when_the_whole_is_here(
+    prepared: Prepared, server: Server, tmp_path: Path
+) -> None:
+    store = ShardStore(remote(prepared[1], server.url), tmp_path)
+    parts = tmp_path / f"{store.path(0).name}.blocks"
+    store.discard(0, copy_id(store.path(0).stat()))
+    parts.touch()
+    store.path(0)
+    assert not parts.exists()
 
 
 def test_closing_does_not_wait_for_a_transfer(
