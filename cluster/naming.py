@@ -27,7 +27,8 @@ _LOOK_S = 0.5
 # computes, and a changed value would make the run's config.json and curves tell an untruth.
 CHANGEABLE = frozenset(
     {
-        "data.root", "data.dir", "data.mirror", "data.prefetch_steps", "data.cache_dir",
+        "data.root", "data.dir", "data.mirror", "data.prefetch_steps", "data.shards_url",
+        "data.cache_dir",
         "trainer.max_steps", "trainer.max_minutes", "trainer.patience", "trainer.log_every",
         "trainer.validate_every", "trainer.checkpoint_every", "trainer.keep_checkpoints",
         "trainer.bleu_every", "trainer.best_by", "trainer.ema_decay",

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_shards.blocks import block_key, decode_block
-from data_shards.config import EOS_ID, UNK_ID
+from data_shards.config import EOS_ID, UNK_ID, check_shards_url
 from data_shards.errors import DataError
-from data_shards.manifest import MANIFEST_NAME, FileEntry, Manifest, ShardEntry, check_file
+from data_shards.manifest import MANIFEST_NAME, FileEntry, Manifest, check_file
 from data_shards.vocabulary import Vocabulary
 
 PERCENTILES = (50, 90, 99, 100)
 _ROWS_TOGETHER = 1 << 20
 
 
-def verify(folder: Path | str) -> list[str]:
+def verify(folder: Path | str, shards_url: str | None = None) -> list[str]:
     """Compare every file, block and length with what was recorded when it was written.
+
+    Args:
+        folder: the prepared corpus.
+        shards_url: where its shards lie instead of in it. Each is fetched, looked at and dropped.
 
     Returns:
         One line for each problem: the file (and block), what was expected, what was found and the
         mend. Nothing wrong gives an empty list.
+
+    Raises:
+        DataError: there can be no shards at such an address.
     """
     folder = Path(folder)
     try:
-        manifest = Manifest.load(folder)
+        shards_url = shards_url and check_shards_url(shards_url)
+    except ValueError as error:
+        raise DataError(f"--shards-url: {error}") from None
+    try:
+        manifest = Manifest.load(folder, shards_url)
     except DataError as error:
         return [str(error)]
     mend = f"Copy it again from where it was prepared, or remove {folder} and prepare it again"
@@ -37,33 +50,54 @@ def verify(folder: Path | str) -> list[str]:
     for split in manifest.data.splits.values():
         files += [split.source, split.target]
     problems = [problem for file in files if (problem := check_file(folder, file)) is not None]
-    first_block = 0
-    for number, shard in enumerate(manifest.data.shards):
-        rows = manifest.blocks[first_block : first_block + shard.num_blocks]
-        problems += _verify_shard(manifest, shard, number, first_block, rows)
-        first_block += shard.num_blocks
-    return [f"{problem}. {mend}" for problem in problems]
+    problems = [f"{problem}. {mend}" for problem in problems]
+    shards = manifest.data.shards
+    if shards_url is not None:
+        return problems + list(_verify_there(manifest))
+    if len(shards) > 1 and not any((folder / shard.file).exists() for shard in shards):
+        return [
+            *problems,
+            f"{folder}: none of the {len(shards)} shards is there. If they lie elsewhere "
+            f"(data.shards_url), give --shards-url, too. {mend}",
+        ]
+    for number, shard in enumerate(shards):
+        problem = check_file(folder, shard)
+        if problem is not None and "sha256" not in problem:
+            problems.append(f"{problem}. {mend}")
+            continue
+        name = str(folder / shard.file)
+        found = list(_block_problems(manifest, number, name, folder / shard.file))
+        # Bytes outside all blocks were altered, then: say at least that the file is not the same.
+        found = found or ([] if problem is None else [problem])
+        problems += [f"{problem}. {mend}" for problem in found]
+    return problems
 
 
-def _verify_shard(
-    manifest: Manifest,
-    shard: ShardEntry,
-    number: int,
-    first_block: int,
-    rows: npt.NDArray[np.void],
-) -> list[str]:
-    path = manifest.folder / shard.file
-    problem = check_file(manifest.folder, shard)
-    if problem is not None and "sha256" not in problem:
-        return [problem]
-    problems = []
+def _verify_there(manifest: Manifest) -> Iterator[str]:
+    """Problems of the shards at the manifest's URL, one of which is kept at a time."""
+    from data_shards.store import ShardStore  # brings WebDataset, which is slow to import
+
+    with TemporaryDirectory(prefix="babelray-verify-") as cache:
+        store = ShardStore(manifest, Path(cache), attempts=2, backoff_s=0.2)
+        for number in range(len(manifest.data.shards)):
+            try:
+                path = store.path(number)  # whose sha256 has been checked
+            except DataError as error:
+                yield str(error)
+                continue
+            for problem in _block_problems(manifest, number, store.name(number), path):
+                yield f"{problem}. {store.remedy(number)}"
+            path.unlink()
+
+
+def _block_problems(manifest: Manifest, shard: int, name: str, path: Path) -> Iterator[str]:
+    first_block = sum(before.num_blocks for before in manifest.data.shards[:shard])
+    rows = manifest.blocks[first_block : first_block + manifest.data.shards[shard].num_blocks]
     with path.open("rb") as file:
         for index, row in enumerate(rows, start=first_block):
-            wrong = _block_problem(manifest, file, number, index, row)
+            wrong = _block_problem(manifest, file, shard, index, row)
             if wrong is not None:
-                problems.append(f"{path}, block {index}: {wrong}")
-    # Bytes outside all blocks were altered, then: say at least that the file is not the same.
-    return problems or ([] if problem is None else [problem])
+                yield f"{name}, block {index}: {wrong}"
 
 
 def _block_problem(

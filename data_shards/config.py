@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # Ids of the special pieces, the same in every vocabulary.
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 # Bump when the layout of a prepared folder changes, so that an old folder is never misread.
 DATA_FORMAT = 1
+
+
+# What may stand in an address of shards: nothing that a shell or a request takes for more.
+_SHARDS_URL = re.compile(
+    r"(https?|gs|s3)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?"
+    r"(/[A-Za-z0-9._~%!$&()*+,;=:@/-]*)?"
+)
+
+
+def check_shards_url(url: str) -> str:
+    """The address, if shards can be fetched from it in every way that they are.
+
+    Raises:
+        ValueError: it is none. The message does not repeat it, for it may hold a password.
+    """
+    match = _SHARDS_URL.fullmatch(url)
+    if match is None or int((match[3] or ":0")[1:]) >= 1 << 16:
+        raise ValueError(
+            "give an address such as https://HOST/FOLDER, gs://BUCKET/FOLDER or "
+            "s3://BUCKET/FOLDER: http, https, gs or s3, a host, and no user, password, query or "
+            "fragment (credentials: those that gsutil and aws find by themselves; shards in a "
+            "folder of this machine: data.dir)"
+        )
+    return url
 
 
 class DataConfig(BaseModel):
@@ -79,6 +104,11 @@ class DataConfig(BaseModel):
         None, description="where the folder's shards lie instead of in it (http, https, gs, s3)"
     )
     cache_dir: Path | None = Field(None, description="where remote shards are kept once fetched")
+
+    @field_validator("shards_url")
+    @classmethod
+    def _check_shards_url(cls, url: str | None) -> str | None:
+        return url if url is None else check_shards_url(url)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

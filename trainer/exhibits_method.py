@@ -18,7 +18,8 @@ from trainer.report_log import RunLog
 # Where things lie and how they are watched: another machine's are its own.
 _PLACES = frozenset(
     {
-        "data.root", "data.dir", "data.mirror", "data.cache_dir", "data.prefetch_steps",
+        "data.root", "data.dir", "data.mirror", "data.shards_url", "data.cache_dir",
+        "data.prefetch_steps",
         "recovery.storage", "recovery.staging",
         "trainer.metrics_host", "trainer.metrics_port", "trainer.trackers", "trainer.threads",
     }

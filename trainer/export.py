@@ -237,10 +237,11 @@ def _write_manifest(manifest: Manifest, file: Path) -> None:
 def _portable(config: RunConfig) -> RunConfig:
     """The settings without where things lie on this machine."""
     data = config.data
-    places = {name: type(data).model_fields[name].default for name in ("root", "dir", "mirror")}
+    names = ("root", "dir", "mirror", "shards_url", "cache_dir")
+    places = {name: type(data).model_fields[name].default for name in names}
     texts = ("source", "target", "valid_source", "valid_target", "test_source", "test_target")
-    names = {name: Path(value).name for name in texts if (value := getattr(data, name)) is not None}
-    changed = data.model_copy(update={**places, **names, "cache_dir": None})
+    files = {name: Path(value).name for name in texts if (value := getattr(data, name)) is not None}
+    changed = data.model_copy(update={**places, **files})
     return config.model_copy(update={"data": changed, "recovery": RecoveryConfig()})
 
 

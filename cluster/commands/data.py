@@ -56,18 +56,21 @@ def data_prepare(
 
 @data.command("verify")
 @click.argument("data_dir", type=click.Path(path_type=Path))
-def data_verify(data_dir: Path) -> None:
+@click.option("--shards-url", metavar="URL", help="Where its shards lie, if not in DATA_DIR.")
+def data_verify(data_dir: Path, shards_url: str | None) -> None:
     """Compare every file of the prepared corpus DATA_DIR with its manifest.
 
     Names each file that is missing, cut short or altered, and exits with status 2 if there is one.
+    With --shards-url, every shard is fetched from there, compared and dropped again.
 
     \b
     Example:
       babelray data verify data/embedded-en-de-1a2b3c4d
+      babelray data verify data/wmt14-en-de-1a2b3c4d --shards-url s3://corpora/wmt14
     """
     from data_shards.audit import verify
 
-    problems = verify(data_dir)
+    problems = verify(data_dir, shards_url)
     if problems:
         raise UserError("\n  ".join([f"{data_dir} is damaged:", *problems]))
     click.echo(f"{data_dir}: every file is as its manifest says")

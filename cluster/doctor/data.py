@@ -48,22 +48,28 @@ def _prepared(folder: Path, config: DataConfig) -> Check:
     if data.fingerprint != config.fingerprint():
         found = f"{folder} was prepared with another configuration"
         return Check("corpus", "failure", found, again)
-    wrong = _wrong_sizes(folder, data)
+    wrong = _wrong_sizes(folder, data, shards=config.shards_url is None)
     if wrong:
         more = f" and {len(wrong) - 2} more files" if len(wrong) > 2 else ""
         return Check("corpus", "failure", "; ".join(wrong[:2]) + more, again)
     num_bytes = sum(shard.bytes for shard in data.shards)
+    there, option = "all there by size", ""
+    if config.shards_url is not None:
+        there = f"which lie at {config.shards_url}; the other files are there by size"
+        option = f" --shards-url {config.shards_url}"
     found = (
         f"{folder}: {data.num_pairs:,} pairs in {len(data.shards)} shards ({number(num_bytes)}B), "
-        f"all there by size (babelray data verify {folder} reads them)"
+        f"{there} (babelray data verify {folder}{option} reads them)"
     )
     return Check("corpus", "ok", found)
 
 
-def _wrong_sizes(folder: Path, data: ManifestData) -> list[str]:
+def _wrong_sizes(folder: Path, data: ManifestData, *, shards: bool) -> list[str]:
     """Files that are missing or of another size than the manifest says."""
     sides = [side for entry in data.splits.values() for side in (entry.source, entry.target)]
-    entries = [*data.shards, data.vocabulary, data.index.lengths, data.index.blocks, *sides]
+    entries = [data.vocabulary, data.index.lengths, data.index.blocks, *sides]
+    if shards:
+        entries = [*data.shards, *entries]
     wrong = []
     for entry in entries:
         try:

@@ -187,6 +187,6 @@ def _changes(name: str, base: RunConfig) -> dict[str, Any]:
 def _portable(base: RunConfig) -> dict[str, Any]:
     """The configuration without the places of one machine."""
     values = base.model_dump(mode="json", exclude={"recovery"})
-    for name in ("root", "dir", "mirror", "cache_dir"):
+    for name in ("root", "dir", "mirror", "shards_url", "cache_dir"):
         del values["data"][name]
     return values

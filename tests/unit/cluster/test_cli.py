@@ -301,6 +301,9 @@ def test_data_verify(prepared: tuple[DataConfig, Manifest], tmp_path: Path) -> N
     shard.write_bytes(shard.read_bytes()[:-1000])
     refused(babelray("data", "verify", copy), shard.name)
     refused(babelray("data", "verify", tmp_path / "nowhere"), "nowhere")
+    refused(
+        babelray("data", "verify", folder, "--shards-url", "x"), "--shards-url: give an address"
+    )
 
 
 def test_data_stats(prepared: tuple[DataConfig, Manifest]) -> None:

@@ -146,6 +146,7 @@ def test_resume_without_a_file_takes_the_runs_own_configuration(tmp_path: Path) 
         "evaluation.beam=8",
         "data.root=elsewhere",
         "data.prefetch_steps=2",
+        "data.shards_url=https://elsewhere/corpus",
     ],
 )
 def test_resume_may_change_when_to_look_and_to_stop(tmp_path: Path, setting: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,25 @@ def test_a_shard_cut_short_is_named(copy: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:5000])
     assert f"{path}: expected {len(content)} bytes, found 5000" in only_problem(copy)
+
+
+def test_shards_that_lie_elsewhere(copy: Path, serve: Callable[[Path], str]) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl, through which WebDataset reads http, is not installed")
+    url = serve(copy)
+    assert verify(copy, url) == []
+    path = copy / "shards" / "train-000001.tar"
+    flip(path, 700)
+    [problem] = verify(copy, url)
+    sha256 = Manifest.load(copy).data.shards[1].sha256
+    assert f"{url}/shards/train-000001.tar cannot be fetched" in problem
+    assert f"its sha256 is {sha256}" in problem
+    assert f"--shards-url {url}`" in problem
+    assert "upload shards/train-000001.tar again" in problem
+    shutil.rmtree(copy / "shards")
+    [problem] = verify(copy)
+    assert "none of the 3 shards is there" in problem
+    assert "--shards-url" in problem
 
 
 def test_an_altered_block_is_named_and_no_other(copy: Path) -> None:

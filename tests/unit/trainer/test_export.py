@@ -245,6 +245,9 @@ class TestFolder:
         assert program in [ast.dump(ast.parse(block)) for block in shown]
 
     def test_it_tells_what_it_is_and_no_place_of_this_machine(self, run_dir, tmp_path):
+        config = json.loads((run_dir / "config.json").read_text())
+        config["data"]["shards_url"] = f"https://place-of-shards{tmp_path}"
+        (run_dir / "config.json").write_text(json.dumps(config))
         evaluations = run_dir / "evaluation"
         evaluations.mkdir()
         kept = {

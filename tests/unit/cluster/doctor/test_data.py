@@ -44,6 +44,17 @@ def test_a_damaged_corpus(prepared: tuple[DataConfig, Manifest], tmp_path: Path)
     assert look(config)[0].outcome == "failure"
 
 
+def test_shards_that_lie_elsewhere(prepared: tuple[DataConfig, Manifest], tmp_path: Path) -> None:
+    shutil.copytree(prepared[1].folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "shards")
+    update = {"dir": tmp_path / "copy", "shards_url": "s3://corpora/one"}
+    [check] = look(prepared[0].model_copy(update=update))
+    assert check.outcome == "ok"
+    assert f"verify {tmp_path / 'copy'} --shards-url s3://corpora/one" in check.found
+    (tmp_path / "copy" / "lengths.npy").unlink()
+    assert look(prepared[0].model_copy(update=update))[0].outcome == "failure"
+
+
 def test_a_corpus_of_another_configuration(prepared: tuple[DataConfig, Manifest]) -> None:
     update = {"dir": prepared[1].folder, "vocabulary_size": 161}
     [check] = look(prepared[0].model_copy(update=update))
