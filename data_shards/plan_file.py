@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FOLDER = "plans"
 # Plans of smaller corpora are made in less than a second.
 FEWEST_PAIRS = 1_000_000
-# Files kept in a folder, the newest; a plan of another seed or other lanes is another file.
+# Files kept in a folder, the last used; a plan of another seed or other lanes is another file.
 _MOST_FILES = 8
 # Bump when the layout of the file changes.
 _FILE_FORMAT = 1
@@ -66,6 +66,8 @@ def open_plan(
         if may_write:
             with suppress(_UnusableError):  # another process has made it meanwhile
                 return _plan(manifest, config, seed, _read(path, key))
+            for draft in path.parent.glob("*.part"):  # of a rank that was killed
+                draft.unlink(missing_ok=True)
         plan = Plan.of(manifest, config, seed)
         if may_write:
             try:
@@ -149,6 +151,8 @@ def _read(path: Path, key: str) -> Tables:
         for name, (dtype, num, offset) in head["arrays"].items()
     }
     batches = Batches(**{f.name: arrays[f.name] for f in fields(Batches)})
+    with suppress(OSError):  # a folder that is only read
+        os.utime(path)
     return Tables(
         longest=head["longest"],
         digest=head["digest"],
@@ -174,7 +178,7 @@ def _one_at_a_time(folder: Path) -> Iterator[bool]:
 
 
 def _prune(folder: Path) -> None:
-    """Forget the oldest plans; who has one mapped keeps it."""
+    """Forget the plans that were not used for longest; who has one mapped keeps it."""
     files = sorted(folder.glob("*.plan"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in files[_MOST_FILES:]:
         path.unlink(missing_ok=True)

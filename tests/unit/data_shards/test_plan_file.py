@@ -164,7 +164,19 @@ def test_a_folder_that_cannot_be_written_to_serves_as_well(
     assert [path.name for path in (corpus.folder / FOLDER).iterdir()] == [".lock"]
 
 
-def test_only_the_newest_files_are_kept(prepared: Prepared, corpus: Manifest) -> None:
+def test_only_the_last_used_files_are_kept(
+    prepared: Prepared, corpus: Manifest, made: list[int]
+) -> None:
     for seed in range(12):
         open_plan(corpus, prepared[0], seed, fewest_pairs=1)
+        open_plan(corpus, prepared[0], 0, fewest_pairs=1)  # in daily use
     assert len(list((corpus.folder / FOLDER).glob("*.plan"))) == 8
+    assert len(made) == 12
+
+
+def test_what_a_killed_rank_left_is_cleared(prepared: Prepared, corpus: Manifest) -> None:
+    open_plan(corpus, prepared[0], 3, fewest_pairs=1)
+    left = kept(corpus).with_name(f"{kept(corpus).name}.12345.part")
+    left.touch()
+    open_plan(corpus, prepared[0], 4, fewest_pairs=1)
+    assert not left.exists()
