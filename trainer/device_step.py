@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from model import packed
 from model.encoder_decoder import EncoderDecoder
+from model.loss import fused_projection_loss
 from model.loss_liger import is_installed, liger_projection_loss
 from model.packed import PackedLayer, call_layer
 from model.packed_check import why_not
@@ -25,6 +26,7 @@ from model.packing import pack, unpack
 from model.transformer import Transformer
 from model.vocabulary_matrix import VocabularyMatrix
 from trainer.device_batches import Packer
+from trainer.paper.memory import memory
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# Of a device's memory that a pass is reckoned into; the rest is for what no formula knows.
+_SHARE_OF_MEMORY = 0.8
+
+# Of Liger's numbers in half precision, relative to the model's own loss in float32.
+_LIGER_ERROR = 0.03
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def prepare_device_step(
     if on_cuda:
         torch.set_float32_matmul_precision("high" if trainer.tf32 else "highest")
     if trainer.loss == "liger":
-        _use_liger(model, device)
+        _use_liger(model, trainer.precision, device, total)
     if trainer.batches == "padded" or (trainer.batches == "auto" and not on_cuda):
         eager = "trainer.batches is padded" if trainer.compile else None
         _tell(None, eager)
@@ -98,6 +107,11 @@ def prepare_device_step(
         eager = "batches are padded" if trainer.compile else None
         _tell(reason, eager)
         return DeviceStep(Packer(None), on_cuda, reason, eager, trainer.loss)
+    if not on_cuda:
+        log.warning(
+            "trainer.batches: packed attention is computed sentence by sentence on a CPU, which is "
+            "slow: padded or auto is faster"
+        )
     eager = None
     if trainer.compile:
         assert isinstance(model, Transformer), "why_not lets only Transformers pass"
@@ -105,10 +119,12 @@ def prepare_device_step(
         if eager is not None:
             model.call_layer = call_layer
     lane_tokens = config.data.tokens_per_step // config.data.lanes
-    packer = Packer(
-        max(1, trainer.tokens_per_pass // lane_tokens),
-        bucketed=trainer.compile and eager is None,
-    )
+    together = max(1, trainer.tokens_per_pass // lane_tokens)
+    if on_cuda:
+        free, _ = torch.cuda.mem_get_info(device)
+        room = free + torch.cuda.memory_reserved(device)  # what is reserved holds the weights
+        together = _together_in(room, config, model, together, total)
+    packer = Packer(together, bucketed=trainer.compile and eager is None)
     _tell(None, eager)
     return DeviceStep(packer, True, None, eager, trainer.loss)
 
@@ -126,17 +142,99 @@ def _agreed(reason: str | None, total: Callable[[list[float]], list[float]]) -> 
     return reason or ("another rank's device cannot" if num_refusals else None)
 
 
-def _use_liger(model: EncoderDecoder, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise UserError("trainer.loss: liger computes on a GPU: use own here")
-    if not is_installed():
-        raise UserError(
-            "trainer.loss: liger needs the package liger-kernel: pip install 'babelray[liger]', "
-            "or use own"
-        )
+def _together_in(
+    room_bytes: float,
+    config: RunConfig,
+    model: EncoderDecoder,
+    most: int,
+    total: Callable[[list[float]], list[float]],
+) -> int:
+    """Of how many lanes, ``most`` at most, a pass fits into every rank's device (a collective).
+
+    Args:
+        room_bytes: what this rank's device has for the run, the model's weights included.
+    """
+    world_size = round(total([1.0])[0])
+    lane_tokens = config.data.tokens_per_step // config.data.lanes
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def needed_bytes(num_lanes: int) -> float:
+        reckoned = memory(
+            config.model,
+            config.trainer,
+            stage=config.trainer.zero_stage,
+            num_parameters=num_parameters,
+            num_devices=world_size,
+            vocab_size=model.vocab_size,
+            tokens_per_lane=num_lanes * lane_tokens,
+        ).total
+        assert reckoned is not None, "why_not lets only Transformers pass"
+        return reckoned
+
+    wanted = min(most, -(-config.data.lanes // world_size))  # no rank has more
+    fitting = wanted
+    while fitting > 1 and needed_bytes(fitting) > _SHARE_OF_MEMORY * room_bytes:
+        fitting -= 1
+    # The least of all ranks, from a sum: how many ranks can have each number.
+    able = [0.0] * wanted
+    able[fitting - 1] = 1.0
+    fitting = 1 + next(index for index, ranks in enumerate(total(able)) if ranks)
+    if fitting == wanted:
+        return most
+    log.warning(
+        "%d of %d lanes are computed together, that a pass fits into the device's memory "
+        "(this rank's has %.1f GB for the run, of which %.0f %% are counted on); "
+        "trainer.tokens_per_pass=%d says the same",
+        fitting,
+        wanted,
+        room_bytes / 1e9,
+        100 * _SHARE_OF_MEMORY,
+        fitting * lane_tokens,
+    )
+    return fitting
+
+
+def _use_liger(
+    model: EncoderDecoder,
+    precision: str,
+    device: torch.device,
+    total: Callable[[list[float]], list[float]],
+) -> None:
+    reason = _agreed(_why_not_liger(model.config.d_model, precision, device), total)
+    if reason is not None:
+        raise UserError(f"trainer.loss: {reason}, or use own")
     for module in model.modules():
         if isinstance(module, VocabularyMatrix):
             module.projection_loss = liger_projection_loss
+
+
+def _why_not_liger(d_model: int, precision: str, device: torch.device) -> str | None:
+    """Why Liger's loss is not to be had here; None: it was tried, forward and backward."""
+    if device.type != "cuda":
+        return "liger computes on a GPU: take one"
+    if not is_installed():
+        return "liger needs the package liger-kernel: pip install 'babelray[liger]'"
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn((8, d_model), generator=generator)
+    weight_VD = torch.randn((40, d_model), generator=generator) * d_model**-0.5
+    targets_N = torch.tensor([1, 2, 3, 4, 39, 0, 20, 0])
+
+    def computed(compute: Callable[..., Any], place: torch.device, dtype: torch.dtype) -> Any:
+        inputs = [part.to(place, dtype).requires_grad_() for part in (hidden_ND, weight_VD)]
+        loss, nll = compute(*inputs, targets_N.to(place), 0.1)
+        grads = torch.autograd.grad(loss, inputs)
+        return [part.detach().float().cpu() for part in (loss, nll, *grads)]
+
+    expected = computed(fused_projection_loss, torch.device("cpu"), torch.float32)
+    try:
+        found = computed(liger_projection_loss, device, _TYPES[precision])
+    except Exception as error:  # whatever ails a compiler of kernels
+        return f"liger does not run here: {_first_line(error)}"
+    for own, other in zip(expected, found, strict=True):
+        # (Written so that it is also false of what is no number.)
+        if not (own - other).norm() < _LIGER_ERROR * own.norm():
+            return "liger gives other numbers here than the model's own loss"
+    return None
 
 
 def _compile(model: Transformer, config: RunConfig, device: torch.device) -> str | None:
@@ -174,8 +272,12 @@ def _compile(model: Transformer, config: RunConfig, device: torch.device) -> str
                 arguments.append(PackedLayer(source, None, masks_CND))
             model.call_layer(twin, *arguments).float().square().sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever ails a compiler is a reason to do without it
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def compiled_call() -> Callable[..., Tensor]:
