@@ -182,8 +182,11 @@ def test_a_gpu_wants_half_precision_and_known_widths() -> None:
     assert "12 wide" in (why_not(odd, "bf16", torch.device("cuda")) or "")
 
 
-def test_a_kernel_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig.model_validate(_SHAPE)
+@pytest.mark.parametrize("attention", ["scaled_dot", "dot"])
+def test_a_kernel_that_is_wrong_or_missing_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    config = ModelConfig.model_validate({**_SHAPE, "attention": attention})
 
     def tried(compute: Any) -> str | None:
         monkeypatch.setattr(packed_check, "varlen_attention", compute)
@@ -191,6 +194,11 @@ def test_a_kernel_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.Monke
 
     assert tried(varlen_attention) is None
     assert "other numbers" in (tried(lambda q, k, v, *_, **__: q + k.mean() * v.mean()) or "")
+    # (What a direction alone would not tell.)
+    assert "other numbers" in (tried(lambda *a, **k: varlen_attention(*a, **k) * 1.05) or "")
+    assert "other numbers" in (
+        tried(lambda *a, **k: varlen_attention(*a, **{**k, "scale": 0.5})) or ""
+    )
     with pytest.raises(RuntimeError, match="not for this device"):
         tried(lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not for this device")))
 
