@@ -154,16 +154,6 @@ class Exporter:
         self._thread.join()
 
 
-def end_run(run: str, port: int) -> None:
-    """Say that a run of this machine was ended on purpose, though its ranks could not."""
-    try:
-        for file in machine_folder(port).glob(f"*/{_NAME}"):
-            if _name(file) == run:
-                (file.parent / ENDED).touch()
-    except (OSError, RunFailedError) as error:
-        log.warning("the end of %s is not noted: %s", run, error)
-
-
 def machine_folder(port: int) -> Path:
     """Where this user's runs on this machine that share ``port`` keep their values.
 

@@ -23,9 +23,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+_PRELOAD = ["trainer.preload"]
+
 # How long a rank may take to end once its supervisor is gone.
 _LAST_WORDS_S = 1.0
 
@@ -59,6 +61,8 @@ class Task:
     train: Callable[..., object] | None = None
     # When the command began, and had done what: Unix times, in their order (trainer.startup).
     marks: dict[str, float] = field(default_factory=dict)
+    # How long the run's events were by then: what they have since is of a group of this command's.
+    events_bytes: int = 0
     # To the rank server in the command's own process (cluster.local_ranks), where that is used.
     door: tuple[str, bytes] | None = field(default=None, repr=False)
 
@@ -70,7 +74,6 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
-    is_restarted: bool = False
 
 
 class RankServer:
@@ -87,7 +90,6 @@ class RankServer:
     ) -> None:
         self._warm = warm
         self._output = output
-        self._begun: set[int] = set()  # local ranks
         self._shelf: Shelf | None = None
         self._exporter: Exporter | None = None
         if metrics is not None:
@@ -96,17 +98,29 @@ class RankServer:
         if warm:
             # A CUDA context does not survive a fork: look at the devices without making one.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-            self._context.set_forkserver_preload(["trainer.preload"])
-            with _starting(output):
-                forkserver.ensure_running()
+            self._context.set_forkserver_preload(_PRELOAD)
+            with _starting():
+                self._ensure_forkserver()
 
     def ready(self) -> None:
         """Return when a rank can be started as quickly as ever."""
         if self._warm:
             process = self._context.Process(target=os.getpid, daemon=True)
-            with _starting(self._output):
-                process.start()
+            self._start(process)
             process.join()
+
+    def _start(self, process: BaseProcess) -> None:
+        with _starting():
+            if self._warm:
+                self._ensure_forkserver()
+                process.start()  # waits for the server's imports; prints where the server does
+            else:
+                with _printing_to(self._output):
+                    process.start()
+
+    def _ensure_forkserver(self) -> None:
+        with _printing_to(self._output):
+            forkserver.ensure_running()
 
     def _serve(self, metrics: Target) -> None:
         try:
@@ -135,8 +149,6 @@ class RankServer:
         Raises:
             RankDiedError: the process ended without a word.
         """
-        place = replace(place, is_restarted=place.local_rank in self._begun)
-        self._begun.add(place.local_rank)
         with self._shelf.slot() if self._shelf else nullcontext() as slot:
             return self._run(task, place, environment, supervisor_pid, slot)
 
@@ -155,8 +167,7 @@ class RankServer:
             name=f"babelray rank {place.rank}",
             daemon=True,
         )
-        with _starting(self._output):
-            process.start()
+        self._start(process)
         sender.close()  # so that the process' death ends the pipe
         try:
             _wait_beside(receiver, supervisor_pid)
@@ -181,10 +192,10 @@ _start_lock = threading.Lock()
 
 
 @contextmanager
-def _starting(output: Path | None) -> Iterator[None]:
-    """A child that is started in the block runs no main module, and prints to ``output``."""
+def _starting() -> Iterator[None]:
+    """A child that is started in the block runs no main module, and Ctrl-C does not end it."""
     main = sys.modules["__main__"]
-    with _start_lock, _printing_to(output) if output is not None else nullcontext():
+    with _start_lock, _deaf_to_interrupts():
         # multiprocessing would run it anew in each child: Ray's worker, or the command.
         kept = {name: vars(main).pop(name, None) for name in ("__file__", "__spec__")}
         main.__spec__ = None
@@ -195,7 +206,26 @@ def _starting(output: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _printing_to(file: Path) -> Iterator[None]:
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Children take over that this thread blocks SIGINT; ``_main`` ignores it and unblocks it.
+
+    Ctrl-C reaches the whole terminal. A process that still imports would end of it, and with it
+    the run, which is only to save and stop.
+    """
+    resource_tracker.ensure_running()  # older Pythons' unblocks SIGINT when it starts its process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _printing_to(file: Path | None) -> Iterator[None]:
+    """What is started in the block prints to ``file``; so does this process: keep it short."""
+    if file is None:
+        yield
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     kept = {number: os.dup(number) for number in (1, 2)}
@@ -215,7 +245,7 @@ def _wait_beside(receiver: Connection, pid: int) -> None:
     try:
         handle = os.pidfd_open(pid)
     except (AttributeError, OSError):  # not Linux, or an old kernel, or gone already
-        while not receiver.poll(_LAST_WORDS_S) and _is_alive(pid):
+        while not receiver.poll(_LAST_WORDS_S) and is_alive(pid):
             pass
         return
     try:
@@ -243,6 +273,7 @@ def _main(
     _end_with(guardians)
     # Ctrl-C reaches the whole terminal; the command decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see _deaf_to_interrupts
     os.environ.clear()
     os.environ.update(environment)
     # DeepSpeed reads these, as torchrun would set them.
@@ -275,7 +306,7 @@ def _portable(error: BaseException) -> BaseException:
 def _train(task: Task, place: Place, slot: Slot | None) -> object:
     handler = _log_to(logs_dir(task.run_dir) / f"rank-{place.rank:03d}.log")
     # A group that begins again does not begin with the command.
-    startup.begin({} if place.is_restarted else task.marks)
+    startup.begin({} if _has_begun(task) else task.marks)
     startup.mark("workers")
     try:
         logger.info(
@@ -317,6 +348,14 @@ def _train(task: Task, place: Place, slot: Slot | None) -> object:
         handler.flush()
 
 
+def _has_begun(task: Task) -> bool:
+    """Whether a group has trained since the command; on whichever machine."""
+    try:
+        return (task.run_dir / "events.jsonl").stat().st_size > task.events_bytes
+    except FileNotFoundError:
+        return False
+
+
 def _trainer_loop() -> Callable[..., object]:
     # Imports DeepSpeed, which takes seconds where nothing is warm: only once the log is open.
     from trainer.attempt import train
@@ -342,7 +381,7 @@ def _end_with(pids: tuple[int, ...]) -> None:
         except ProcessLookupError:
             os._exit(1)
         except (AttributeError, OSError):  # not Linux, or an old kernel
-            while all(_is_alive(pid) for pid in pids):
+            while all(is_alive(pid) for pid in pids):
                 time.sleep(0.5)
         else:
             select.select(handles, [], [])
@@ -351,7 +390,8 @@ def _end_with(pids: tuple[int, ...]) -> None:
     threading.Thread(target=watch, name="follow-supervisor", daemon=True).start()
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster import session, targets
-from cluster.exporter import Target, end_run
+from cluster.exporter import Target
 from cluster.failures import explain, failures_path, is_stop, note
 from cluster.hints import runs_flag
 from cluster.history import History
@@ -97,7 +97,7 @@ def start(
     commanded_at = time.time()
     run_dir = (runs / name).absolute()
     check_lanes(config, workers)
-    if not os.environ.get("RAY_ADDRESS"):  # else the workers run on other machines
+    if session.is_local():  # else the workers run on other machines
         session.check_ports(
             dashboard_port=dashboard_port,
             metrics_host=config.trainer.metrics_host,
@@ -147,10 +147,13 @@ def start(
                     "command": commanded_at,
                     "ray": time.time(),
                 },
+                events_bytes=_size(run_dir / "events.jsonl"),
                 door=ranks[0].door if ranks else None,
             )
             fit = _Fit(task, workers, ray_session)
             scorer = _scorer(config, run_dir, say)
+            for server in ranks:
+                server.is_lost = True  # until it is known how it ended
             try:
                 narrator = _watch(fit, scorer, config, run_dir, interrupts, tell or _lines_to(say))
             finally:
@@ -158,8 +161,6 @@ def start(
             if fit.error is None or is_stop(fit.error) or interrupts.signal is not None:
                 # Else Prometheus shall see that nobody answers there any more.
                 targets.remove(run_dir)
-                if ray_session.is_local and config.trainer.metrics_port:
-                    end_run(run_dir.name, config.trainer.metrics_port)
                 for server in ranks:
                     server.is_lost = False
         stop_file.unlink(missing_ok=True)
@@ -200,6 +201,10 @@ def _begin(
         import cluster.worker  # noqa: F401 - a second, mostly Ray Train's
     if config.trainer.bleu_every is not None:
         import torch  # noqa: F401 - the scorer's
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 @contextmanager

@@ -152,16 +152,13 @@ def test_what_is_long_ago_is_forgotten(
     assert not left.exists()
 
 
-def test_a_run_that_has_ended_or_was_stopped_is_not_looked_for(
+def test_a_run_that_has_ended_is_not_looked_for(
     port: int, closing: Callable[[Exporter | Shelf], None]
 ) -> None:
     killed("done", port, ended=True)
-    killed("stopped", port)
-    exporter.end_run("stopped", port)
     closing(Exporter("127.0.0.1", port))
     text = get_soon(port)
     assert "done" not in text
-    assert "stopped" not in text
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("ii", 5000, 0) + b"\xff" * 100])

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from cluster import ranks
 from cluster.failures import RankDiedError
 from cluster.ranks import Place, RankServer, Task
 from data_shards.errors import DataError
@@ -30,6 +32,9 @@ def train(config: RunConfig, run_dir: Path, *, rank: int, world_size: int, **_: 
     import torch.distributed
 
     assert torch.distributed.get_world_size() == world_size == 1
+    # Ctrl-C is the command's: ignored, and not kept for later.
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     (run_dir / "pid").write_text(str(os.getpid()))
     match run_dir.name:
         case "returns":
@@ -83,6 +88,65 @@ def test_a_server_that_forks_nothing_is_ready_at_once(server: RankServer) -> Non
     began = time.monotonic()
     server.ready()
     assert time.monotonic() - began < 0.5
+
+
+@pytest.fixture
+def slow_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The process that ranks are forked from imports for a while."""
+    (tmp_path / "slow_import.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(0.6)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(ranks, "_PRELOAD", ["slow_import"])
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    forkserver.set_forkserver_preload(["__main__"])
+
+
+def wait_for_import(output: Path) -> None:
+    deadline = time.monotonic() + 10
+    while "importing" not in output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("slow_import")
+def test_what_the_command_says_while_its_server_imports_goes_where_it_should(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "ranks.out"
+    warm = RankServer(warm=True, output=output)
+    waiting = threading.Thread(target=warm.ready)
+    waiting.start()
+    wait_for_import(output)
+    os.write(1, b"saving and stopping")
+    assert waiting.is_alive(), "it still imports"
+    waiting.join()
+    assert capfd.readouterr().out == "saving and stopping"
+    assert output.read_text() == "importing\n"
+
+
+@pytest.mark.usefixtures("slow_import")
+def test_an_interrupt_while_the_server_imports_does_not_end_it(tmp_path: Path) -> None:
+    output = tmp_path / "ranks.out"
+    warm = RankServer(warm=True, output=output)
+    wait_for_import(output)
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGINT)  # as a terminal does, to all of its processes
+    warm.ready()
+    assert forkserver._forkserver._forkserver_pid == pid  # type: ignore[attr-defined]
+    assert output.read_text() == "importing\n", "once, and no traceback"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_group_begins_with_the_command_until_one_has_trained(tmp_path: Path) -> None:
+    task = Task(RunConfig(), tmp_path, 1, time.time(), events_bytes=3)
+    assert not ranks._has_begun(task)
+    (tmp_path / "events.jsonl").write_text("{}\n")
+    assert not ranks._has_begun(task), "that was another command's"
+    (tmp_path / "events.jsonl").write_text("{}\n{}\n")
+    assert ranks._has_begun(task)
 
 
 def test_a_rank_raises_what_its_training_raises(server: RankServer, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
-from cluster import session
+from cluster import session, train
 from data_shards.errors import UserError
+from trainer.config import RunConfig
 
 
 def test_cores_are_those_this_process_may_use() -> None:
@@ -48,6 +50,19 @@ def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:
         with pytest.raises(UserError, match=f"metrics_port {port}.*metrics_port={port + 1}"):
             check_ports(None, port)
     check_ports(port, port)
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_a_port_in_use_is_refused_for_every_ray_of_our_own(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with socket.socket() as taken:
+        taken.bind((session.LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--dashboard-port {port}"):
+            train.start(RunConfig(), "one", runs=tmp_path, dashboard_port=port)
 
 
 def free_port() -> int:
