@@ -20,7 +20,7 @@ import ray
 from ray._private import ray_constants
 from ray._private.node import Node
 
-from cluster.ray_page import RayPage
+from cluster.ray_page import Dashboard, RayPage
 
 
 @contextmanager
@@ -73,18 +73,20 @@ def _node_class(page: RayPage) -> type[Any]:
     return LeanNode
 
 
-def _starter(node: Any, start: Callable[..., None]) -> Callable[[], tuple[str, int]]:
+def _starter(node: Any, start: Callable[..., None]) -> Callable[[], Dashboard]:
     shown = node._webui_url
+    kind = ray_constants.PROCESS_TYPE_DASHBOARD
 
-    def start_now() -> tuple[str, int]:
+    def start_now() -> Dashboard:
         host = node._ray_params.dashboard_host
         where = (host, _free_port(host))
         node._ray_params.dashboard_port = where[1]
-        # One that died is no hindrance to another.
-        node.all_processes.pop(ray_constants.PROCESS_TYPE_DASHBOARD, None)
+        # One that died, or did not get far in its time, is no hindrance to another.
+        node._kill_process_type(kind, check_alive=False)
         start(include_dashboard=True, raise_on_failure=True)
         node._webui_url = shown
-        return where
+        [info] = node.all_processes[kind]
+        return Dashboard(where, lambda: info.process.poll() is None)
 
     return start_now
 

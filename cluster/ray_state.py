@@ -13,9 +13,8 @@ from typing import Any
 import requests
 
 from cluster.launch import jobs_api
+from cluster.ray_page import RUNS_PATH
 from data_shards.errors import UserError
-
-RUNS_PATH = "/api/train/v2/runs/v1"
 
 # Ray's answer, with advice on its settings, until its actor that keeps the state has started.
 _NOTHING_YET = "Train state data is not available"

@@ -25,28 +25,16 @@ from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2._internal.state.state_actor import get_or_create_state_actor
 from ray.train.v2._internal.state.state_manager import TrainStateManager
 
-from cluster.ray_page import RayPage
-from cluster.ray_state import RUNS_PATH
+from cluster.no_barrier import NoBarrier
+from cluster.ray_page import RUNS_PATH, RayPage
 
 # Ray's dashboard takes a controller that it does not know for one that lives.
 _NO_ACTOR = "driver"
 
 
-class _NoBarrier:
-    """In place of the actor that ``ray.train.report`` waits at: ranks here report by themselves."""
-
-    @classmethod
-    def options(cls, **_: Any) -> type[_NoBarrier]:
-        return cls
-
-    @classmethod
-    def remote(cls, **_: Any) -> _NoBarrier:
-        return cls()
-
-
 def leave_out_barrier() -> None:
     """Groups that this process starts from now on have no ``SynchronizationActor``."""
-    worker_group.SynchronizationActor = _NoBarrier
+    worker_group.SynchronizationActor = NoBarrier
     group_state._shutdown_sync_actor = lambda barrier: None
 
 
@@ -87,8 +75,7 @@ class LocalController:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._run: asyncio.Task[None] | None = None
         if page is not None:
-            page.answer = self._state.answer
-            page.on_start = self._state.publish
+            page.attach(self._state.answer, self._state.publish)
 
     def __call__(self, **arguments: Any) -> Any:
         """Train until the run ends; Ray Train's result."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cluster.launch import jobs_api
-from cluster.ray_state import RUNS_PATH, RayStateError, attempts, train_runs
+from cluster.ray_page import RUNS_PATH
+from cluster.ray_state import RayStateError, attempts, train_runs
 from data_shards.errors import UserError
 
 # Of a run with two workers, one of which was killed and replaced (Ray 2.60.0).
