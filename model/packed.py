@@ -8,6 +8,10 @@ padded path and not meant to be fast.
 Dropout's masks are drawn beforehand, one generator a lane, and passed in: they are the same whether
 lanes are computed together or one after the other, and a compiled layer sees them as data.
 
+On a CPU the same pass gives bitwise the same gradients. On a GPU it does as far as PyTorch's
+kernels are deterministic: the variable-length kernel's backward pass may sum the queries' gradient
+in any order (not tried on a GPU here; tests/gpu asks).
+
 Shapes: N tokens that ask, M tokens that are asked, B sequences, H heads, K width of a head, D
 d_model, C places where a side's states are dropped.
 """
@@ -306,15 +310,19 @@ def with_dropout(
     for number, (side, depth) in enumerate(zip(packing, depths, strict=True)):
         num_tokens = side.positions_N.size(0)
         lengths = [lane[number] for lane in lanes]
-        parts = [
-            torch.empty(
-                (depth, length, config.d_model), dtype=torch.bool, device=side.starts_B.device
-            ).bernoulli_(1 - config.dropout, generator=generator)
-            for length, generator in zip(lengths, generators, strict=True)
-        ]
+        masks_CND = torch.empty(
+            (depth, num_tokens, config.d_model), dtype=torch.bool, device=side.starts_B.device
+        )
+        first = 0
+        for length, generator in zip(lengths, generators, strict=True):
+            # (Drawn in a row, which a slice is not: its numbers must not depend on its place.)
+            whole = length == num_tokens
+            drawn_CND = masks_CND if whole else masks_CND.new_empty((depth, length, config.d_model))
+            drawn_CND.bernoulli_(1 - config.dropout, generator=generator)
+            if not whole:
+                masks_CND[:, first : first + length] = drawn_CND
+            first += length
         # What fills a row up belongs to no lane; nobody reads it.
-        rest = num_tokens - sum(lengths)
-        if rest:
-            parts.append(parts[0].new_ones((depth, rest, config.d_model)))
-        sides.append(side._replace(masks_CND=parts[0] if len(parts) == 1 else torch.cat(parts, 1)))
+        masks_CND[:, first:] = True
+        sides.append(side._replace(masks_CND=masks_CND))
     return Packing(*sides)

@@ -116,6 +116,12 @@ def test_dropout_keeps_as_much_as_it_should() -> None:
     assert abs(source.float().mean().item() - 0.75) < 0.05
     assert abs(target.float().mean().item() - 0.75) < 0.05
     assert not torch.equal(source[0], source[1])
+    # Fillers beside a lane's own tokens change nothing of what it drops; they are kept.
+    buffer, filled = pack([batch(_LENGTHS)], bucketed=True)
+    wider = with_dropout(unpack(buffer, filled).packing, config, filled.lanes, [5])
+    assert wider.source.masks_CND is not None
+    assert torch.equal(wider.source.masks_CND[:, :20], source)
+    assert wider.source.masks_CND[:, 20:].all()
 
 
 def test_modules_are_called_in_the_order_of_padded_batches() -> None:
