@@ -413,6 +413,10 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+# What the first checkpoints do not tell, and so cannot be held against.
+_LATER_SETTINGS = ("gradient_dtype",)
+
+
 def check_settings(where: str | Path, written: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on under another model, data or precision.
 
@@ -422,7 +426,7 @@ def check_settings(where: str | Path, written: dict[str, Any], now: dict[str, An
     different = {
         name: f"{name} was {written.get(name)!r}, is {value!r}"
         for name, value in now.items()
-        if written.get(name) != value
+        if written.get(name) != value and (name in written or name not in _LATER_SETTINGS)
     }
     if list(different) == ["plan"]:  # of the same corpus and settings
         raise UserError(

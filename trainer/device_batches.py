@@ -25,7 +25,8 @@ from model.packing import Layout, pack, unpack
 if TYPE_CHECKING:
     from data_shards.stream import Batch, StepBatches, Stream
 
-# Steps whose batches are on the device: the one that is computed, and these.
+# Steps that wait on the device. Two more are there besides: the one that is computed, and the one
+# that the thread holds until there is room for it.
 _AHEAD = 2
 
 # Longest wait for a thread that waits for the stream. It is a daemon, and holds nothing.

@@ -61,6 +61,14 @@ class DeviceStep:
     eager_because: str | None = None
     loss: Literal["own", "liger"] = "own"
 
+    @property
+    def computed(self) -> str:
+        """What of it can change how sums are rounded: told where a run goes on otherwise."""
+        together = self.packer.lanes_together
+        lanes = "padded" if together is None else f"packed, lanes together: {together}"
+        compiled = ", compiled" if self.packer.bucketed else ""
+        return f"{lanes}{compiled}, loss: {self.loss}"
+
     def described(self) -> dict[str, Any]:
         """For the run's log."""
         return {

@@ -50,7 +50,7 @@ class StepTotals:
     elapsed_s: float  # rank 0's clock
     requests: frozenset[str]  # of _REQUESTS
     saving: list[float]
-    bad_lanes: list[int]  # whose own loss is not finite
+    bad_lanes: list[int]  # whose loss is not finite, or that of the lanes joined with it
     measured: Measured
 
 
@@ -433,7 +433,11 @@ class Loop:
 
     def _described(self) -> dict[str, Any]:
         """What ``state.json`` of a checkpoint taken now holds."""
-        return {**self.state.to_json(), "settings": self.rank.settings}
+        return {
+            **self.state.to_json(),
+            "settings": self.rank.settings,
+            "computed": self.rank.how.computed,
+        }
 
 
 def _dropout_seed(seed: int, step: int, lane: int) -> int:

@@ -33,6 +33,8 @@ from trainer.state import TrainState
 from trainer.validation import ValidationSet
 from trainer.watchdog import COLLECTIVE_TIMEOUTS, Watchdog
 
+log = logging.getLogger(__name__)
+
 
 class Rank:
     """What one rank trains with, and how it agrees with the others.
@@ -165,6 +167,7 @@ class Rank:
             where = self.checkpoints.where(step)
             check_settings(where, described["settings"], self.settings)
             self.engine.restore(reader.read, described["optimizer"])
+        _tell_of_other_sums(where, described.get("computed"), self.how.computed)
         return TrainState.from_json(described)
 
     def loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,6 +213,18 @@ class Rank:
         return f"after step {self.state.step}, {self.phase}"
 
 
+def _tell_of_other_sums(where: str | Path, before: str | None, now: str) -> None:
+    """``before`` is None in checkpoints that do not tell."""
+    if before not in (None, now):
+        log.warning(
+            "%s was trained with batches %s; now they are %s: sums are rounded otherwise, so that "
+            "losses are no longer bitwise those of an undisturbed run",
+            where,
+            before,
+            now,
+        )
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -239,4 +254,5 @@ def _resume_settings(config: RunConfig, manifest: Manifest, plan: Plan) -> dict[
         "trainer.seed": trainer.seed,
         "plan": plan.digest,
         "precision": trainer.precision,
+        "gradient_dtype": trainer.gradient_dtype or trainer.precision,
     }

@@ -323,7 +323,7 @@ class Reporter:
 
         Args:
             loss, grad_norm: what went wrong, in the units of the events of steps.
-            lanes: those whose own loss is not finite.
+            lanes: those whose own loss is not finite, or that of the lanes it was computed with.
             pairs: the ids of all the step's pairs by lane.
             measured, phases: as of an ``Update``.
         """

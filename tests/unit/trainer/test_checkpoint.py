@@ -291,6 +291,9 @@ def test_another_configuration_is_refused_with_both_values() -> None:
         check_settings(where, {"model.d_ff": 64}, {"model.d_ff": 128})
     assert "under another name" in str(error.value)
     check_settings(where, {"a": 1, "b": 2}, {"a": 1})
+    with pytest.raises(UserError, match="gradient_dtype was 'fp32', is 'bf16'"):
+        check_settings(where, {"gradient_dtype": "fp32"}, {"gradient_dtype": "bf16"})
+    check_settings(where, {"precision": "fp32"}, {"precision": "fp32", "gradient_dtype": "bf16"})
 
 
 def test_a_run_of_another_plan_format_is_refused_with_the_way_out(
