@@ -60,7 +60,7 @@ _TIE_BITS = 30
 
 # Windows are cut side by side up to so many pairs: enough to share the steps of the search, and few
 # tens of megabytes.
-_PAIRS_AT_ONCE = 1 << 22
+_PAIRS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

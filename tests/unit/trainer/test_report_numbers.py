@@ -216,13 +216,14 @@ def test_the_commands_train_the_same_again(tmp_path):
         "data": {"corpus": "multi30k", "max_length": 96, "root": "/elsewhere", "source": "no"},
         "trainer": {"max_steps": None, "max_minutes": 5.0, "adam_epsilon": 1e-8, "ema_decay": 0.9},
     }
+    settings["data"]["shards_url"] = "https://elsewhere/corpus"
     config = parse_config(settings, where="test")
     (log.run_dir / "config.json").write_text(config.to_json())
     log = read_run(log.run_dir)
     words = shlex.split(exhibits_method.command_alone(log).replace("\\\n", " "))
     assert words[:4] == ["babelray", "train", "--workers", "2"]
     again = load_config(None, words[5::2])
-    elsewhere = config.data.model_copy(update={"root": again.data.root})
+    elsewhere = config.data.model_copy(update={"root": again.data.root, "shards_url": None})
     assert again == config.model_copy(update={"data": elsewhere})
     words = shlex.split(exhibits_method.command(log))
     assert load_config(Path(words[words.index("--config") + 1])) == config
