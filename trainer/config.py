@@ -69,7 +69,8 @@ class TrainerConfig(BaseModel):
     tokens_per_pass: int = Field(
         25_000,
         ge=1,
-        description="packed: source (and target) tokens whose lanes are computed together at most",
+        description="packed: source (and target) tokens whose lanes are computed together at most; "
+        "fewer where the device's memory asks for it",
     )
     compile: bool = Field(
         False, description="packed: compile the layers (needs a C compiler); else as they are"
