@@ -24,7 +24,7 @@ from trainer.config import RunConfig
 from trainer.profile import PROFILE_FILE, ProfileRequest, folder_of, summary_name
 
 if TYPE_CHECKING:
-    from cluster.train import Workers
+    from cluster.fit import Workers
 
 _STEPS = re.compile(r"(\+?)(\d{1,9})(?::(\+?)(\d{1,9}))?")
 _POLL_S = 0.3

@@ -10,14 +10,12 @@ import json
 import logging
 import os
 import signal
-import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cluster import session, targets
 from cluster.exporter import Target
 from cluster.failures import explain, failures_path, is_stop, note
+from cluster.fit import Fit, Workers
 from cluster.hints import runs_flag
 from cluster.history import History
 from cluster.naming import claim, clear, logs_dir, write_config
@@ -36,11 +35,7 @@ from trainer.storage import write_atomically
 
 if TYPE_CHECKING:
     from cluster.local_ranks import LocalRanks
-    from cluster.ray_train import LocalController
     from cluster.validation_bleu import Scorer
-
-# A number of workers, or the least and the most.
-Workers = int | tuple[int, int]
 
 _POLL_S = 0.2
 
@@ -150,7 +145,7 @@ def start(
                 events_bytes=_size(run_dir / "events.jsonl"),
                 door=ranks[0].door if ranks else None,
             )
-            fit = _Fit(task, workers, ray_session)
+            fit = Fit(task, workers, ray_session)
             scorer = _scorer(config, run_dir, say)
             for server in ranks:
                 server.is_lost = True  # until it is known how it ended
@@ -237,7 +232,7 @@ def _note_session(run_dir: Path, ray_session: session.Session) -> None:
 
 
 def _watch(
-    fit: _Fit,
+    fit: Fit,
     scorer: Scorer | None,
     config: RunConfig,
     run_dir: Path,
@@ -360,89 +355,6 @@ def _local_workers(workers: Workers) -> int:
     """How many a Ray of our own has to have room for."""
     least, most = _bounds(workers)
     return min(most, max(least, session.num_cores()))
-
-
-class _Fit(threading.Thread):
-    """The training in a thread of its own, so that the main thread keeps the signals.
-
-    (In the main thread Ray Train would take SIGINT for itself and kill the workers with it.)
-    """
-
-    def __init__(self, task: Task, workers: Workers, ray_session: session.Session) -> None:
-        super().__init__(name="ray-train-fit", daemon=True)
-        self._task, self._workers = task, workers
-        self._use_gpu, self._is_local = ray_session.num_gpus > 0, ray_session.is_local
-        self._page = ray_session.page
-        self._control: LocalController | None = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        task = self._task
-        try:
-            from cluster.recovery import Judge, supervise
-
-            # They import while Ray Train starts its own processes, and live as long as this list.
-            servers = self._rank_servers()
-            supervise(self._trainer, Judge(task.run_dir, task.config.recovery.max_failures))
-            del servers
-        except BaseException as error:
-            self.error = error
-
-    def abandon(self) -> None:
-        """Let go of the workers, if that was not done: Ray is about to end them."""
-        if self._control is not None:
-            self._control.abandon()
-            self.join(_POLL_S * 10)
-
-    def _rank_servers(self) -> list[Any]:
-        if self._task.door is not None:
-            from cluster.ray_train import LocalController
-
-            self._control = LocalController(self._page)
-            return []
-        import ray
-
-        from cluster.worker import rank_server
-
-        return [
-            rank_server(self._task, node["NodeID"])
-            for node in ray.nodes()
-            if node["Alive"] and node["Resources"].get("GPU" if self._use_gpu else "CPU")
-        ]
-
-    def _trainer(self) -> Any:
-        """Ray's trainer for the run, ready to ``fit()``."""
-        from ray.train import LoggingConfig, ScalingConfig
-        from ray.train import RunConfig as RayRunConfig
-
-        from cluster.recovery import Trainer
-        from cluster.worker import RendezvousConfig, ServersCallback, prepare, work
-
-        task, recovery = self._task, self._task.config.recovery
-        # A Ray of our own hands its environment down. Elsewhere the workers need theirs set, at the
-        # price of a slower start: they cannot be taken from Ray's pool.
-        environment = {"OMP_NUM_THREADS": str(task.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        return Trainer(
-            lambda: work(task),
-            backend_config=RendezvousConfig(),
-            scaling_config=ScalingConfig(
-                num_workers=self._workers,
-                use_gpu=self._use_gpu,
-                resources_per_worker={"CPU": 1, "GPU": 1} if self._use_gpu else {"CPU": 1},
-                elastic_resize_monitor_interval_s=recovery.resize_interval_s,
-            ),
-            run_config=RayRunConfig(
-                name=task.run_dir.name,
-                storage_path=str(task.run_dir / ".ray"),
-                callbacks=[ServersCallback(task)],
-                worker_runtime_env=None if self._is_local else {"env_vars": environment},
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-            run_dir=task.run_dir,
-            recovery=recovery,
-            prepare=partial(prepare, task),
-            control=self._control,
-        )
 
 
 class _Interrupts:
