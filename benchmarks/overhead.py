@@ -122,6 +122,9 @@ class Peers:
         import torch
         import torch.distributed
 
+        for parameter in parameters:
+            if parameter.grad is None:  # this rank's lanes were empty
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
