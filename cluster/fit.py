@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ class Fit(threading.Thread):
     def run(self) -> None:
         """Train until the run ends; ``error`` has what it failed with."""
         task = self._task
+        # Ray warns of what it calls itself; when imported, it puts a filter of its own before ours.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
         try:
             from cluster.recovery import Judge, supervise
 

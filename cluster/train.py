@@ -12,7 +12,6 @@ import os
 import signal
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -210,8 +209,6 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
-    # Ray warns of what it imports itself.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
     try:
         yield
     finally:

@@ -277,6 +277,8 @@ class ShardStore:
             raise FetchError(str(error), final=isinstance(error, ValueError)) from None
         with self._lock:
             self._open_streams.add(stream)
+            if self._closed.is_set():  # before it could be found among the open ones
+                _terminate(stream)
         try:
             while not self._closed.is_set() and (piece := stream.read(_PIECE_BYTES)):
                 yield piece
