@@ -28,6 +28,7 @@ from meter import Meter, Turn  # noqa: E402
 
 from cluster import session  # noqa: E402
 from data_shards.config import DataConfig  # noqa: E402
+from trainer.config import TrainerConfig  # noqa: E402
 
 __all__ = ["Meter", "Turn"]  # passed on to the benchmarks
 
@@ -59,6 +60,12 @@ def corpus_config(corpora: Path, root: Path, **values: Any) -> DataConfig:
     else:
         values = {**values, "corpus": "embedded", "vocabulary_size": 512}
     return DataConfig(root=root, **values)
+
+
+def uninterrupted(**values: Any) -> TrainerConfig:
+    """Settings of one thread that trains without end, validation or checkpoint; or as given."""
+    endless = dict.fromkeys(("max_steps", "validate_every", "checkpoint_every"), 1_000_000_000)
+    return TrainerConfig.model_validate({"threads": 1, "log_every": 1, **endless, **values})
 
 
 def train_quickly(corpora: Path, folder: Path) -> Path:

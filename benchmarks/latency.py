@@ -38,6 +38,7 @@ from common import (
     ratios,
     row,
     take_turns,
+    uninterrupted,
     write_result,
 )
 from train import train_ours
@@ -48,7 +49,7 @@ from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from data_shards.shards import prepare
 from model.config import ModelConfig
-from trainer.config import RunConfig, TrainerConfig
+from trainer.config import RunConfig
 
 DELAYS_S = (0.05, 0.2)
 GOAL_LOSS = 0.02
@@ -182,11 +183,7 @@ def compare(
     data: DataConfig, urls: dict[float, str], folder: Path, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Train in turns; the rows of the table."""
-    endless = 1_000_000_000
-    trainer = TrainerConfig(
-        precision="bf16", threads=1, max_steps=endless, log_every=1, validate_every=endless,
-        checkpoint_every=endless,
-    )  # fmt: skip
+    trainer = uninterrupted(precision="bf16")
     workers = []
     delays: list[float | None] = [None, *urls]
     for delay_s in delays:

@@ -43,6 +43,7 @@ from common import (
     ratios,
     row,
     take_turns,
+    uninterrupted,
     write_result,
 )
 from train import run_config
@@ -53,7 +54,6 @@ from trainer.config import RunConfig, TrainerConfig
 from trainer.measures import Measured
 
 GOAL = 0.99
-_ENDLESS = 1_000_000_000
 _SCRAPE_S = 5.0
 
 
@@ -77,7 +77,7 @@ class _NoMeasures:
 
     size = 0
 
-    def pack(self, *_: object) -> list[float]:
+    def pack(self, *_: object, **__: object) -> list[float]:
         return []
 
     def unpack(self, _: object) -> Measured:
@@ -223,12 +223,9 @@ def main() -> None:
         prepare(data)
         workers = []
         for kind in ("watched", "unwatched"):
-            trainer = TrainerConfig(
+            trainer = uninterrupted(
                 precision="bf16",
-                threads=1,
-                max_steps=_ENDLESS,
-                validate_every=_ENDLESS,
-                checkpoint_every=_ENDLESS,
+                log_every=TrainerConfig().log_every,
                 stragglers=kind == "watched",
             )
             config = RunConfig(

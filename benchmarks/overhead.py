@@ -54,6 +54,7 @@ from common import (
     ratios,
     row,
     take_turns,
+    uninterrupted,
     write_result,
 )
 from train import run_config, train_ours
@@ -63,14 +64,13 @@ from data_shards.plan import Plan, lanes_of_rank
 from data_shards.shards import prepare
 from data_shards.stream import StepBatches, Stream
 from model.config import ModelConfig
-from trainer.config import RecoveryConfig, RunConfig, TrainerConfig
+from trainer.config import RecoveryConfig, RunConfig
 from trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
     import torch
 
 GOAL = 0.95
-_ENDLESS = 1_000_000_000
 _START_S = 300
 _BARE_RANK = "BENCHMARK_BARE_RANK"
 
@@ -425,16 +425,7 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
     )
     prepare(data)
     stage = {} if arguments.zero_stage is None else {"zero_stage": arguments.zero_stage}
-    trainer = TrainerConfig(
-        precision=arguments.precision,
-        threads=1,
-        max_steps=_ENDLESS,
-        log_every=1,
-        validate_every=_ENDLESS,
-        checkpoint_every=_ENDLESS,
-        metrics_port=_free_port(),
-        **stage,
-    )
+    trainer = uninterrupted(precision=arguments.precision, metrics_port=_free_port(), **stage)
     # Ranks that are stopped while others have their turns do not answer for a while.
     config = RunConfig(
         model=ModelConfig(preset=arguments.preset),

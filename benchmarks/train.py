@@ -37,6 +37,7 @@ from common import (
     ratios,
     row,
     take_turns,
+    uninterrupted,
     write_result,
 )
 
@@ -45,7 +46,7 @@ from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from data_shards.shards import prepare
 from model.config import ModelConfig
-from trainer.config import RunConfig, TrainerConfig, parse_config
+from trainer.config import RunConfig, parse_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -346,15 +347,7 @@ def compare(shape: Shape, arguments: argparse.Namespace, folder: Path) -> dict[s
     model = ModelConfig(preset=shape.preset)
     workers = []
     for name, (kind, precision) in CONTESTANTS.items():
-        endless = 1_000_000_000
-        trainer = TrainerConfig(
-            precision=precision,
-            threads=1,
-            max_steps=endless,
-            log_every=1,
-            validate_every=endless,
-            checkpoint_every=endless,
-        )
+        trainer = uninterrupted(precision=precision)
         config = RunConfig(model=model, data=data, trainer=trainer)
         run_dir = folder / f"{shape.preset} {name}"
         run_dir.mkdir()

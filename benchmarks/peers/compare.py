@@ -41,6 +41,7 @@ from common import (  # noqa: E402
     ratios,
     row,
     take_turns,
+    uninterrupted,
     write_result,
 )
 from train import read_pairs  # noqa: E402
@@ -48,10 +49,9 @@ from train import read_pairs  # noqa: E402
 from data_shards.manifest import Manifest  # noqa: E402
 from data_shards.shards import prepare  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
-from trainer.config import RunConfig, TrainerConfig  # noqa: E402
+from trainer.config import RunConfig  # noqa: E402
 
 OURS = "babelray"
-_ENDLESS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,7 @@ def compare(
         precision: RunConfig(
             model=ModelConfig(preset=shape.preset),
             data=data,
-            trainer=TrainerConfig(
-                precision=precision,
-                threads=1,
-                max_steps=_ENDLESS,
-                log_every=1,
-                validate_every=_ENDLESS,
-                checkpoint_every=_ENDLESS,
-            ),
+            trainer=uninterrupted(precision=precision),
         )
         for precision in ("bf16", "fp32")
     }
