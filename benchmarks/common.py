@@ -6,6 +6,7 @@ turn, so that all meet the same moods of a shared machine and none disturbs anot
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -60,6 +61,18 @@ def corpus_config(corpora: Path, root: Path, **values: Any) -> DataConfig:
     else:
         values = {**values, "corpus": "embedded", "vocabulary_size": 512}
     return DataConfig(root=root, **values)
+
+
+def chosen_corpus(arguments: argparse.Namespace, root: Path) -> DataConfig:
+    """The corpus and its batches as the options of a benchmark of training say."""
+    return corpus_config(
+        arguments.corpora,
+        root,
+        vocabulary_size=arguments.vocabulary_size,
+        tokens_per_step=arguments.tokens_per_step,
+        lanes=arguments.lanes,
+        max_length=128,
+    )
 
 
 def uninterrupted(**values: Any) -> TrainerConfig:

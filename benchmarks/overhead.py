@@ -46,7 +46,7 @@ from common import (
     Meter,
     Turn,
     Worker,
-    corpus_config,
+    chosen_corpus,
     default_corpora,
     machine,
     one_rank,
@@ -415,14 +415,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, object]) -> None:
     """All of them in turns."""
-    data = corpus_config(
-        arguments.corpora,
-        folder,
-        vocabulary_size=arguments.vocabulary_size,
-        tokens_per_step=arguments.tokens_per_step,
-        lanes=arguments.lanes,
-        max_length=128,
-    )
+    data = chosen_corpus(arguments, folder)
     prepare(data)
     stage = {} if arguments.zero_stage is None else {"zero_stage": arguments.zero_stage}
     trainer = uninterrupted(precision=arguments.precision, metrics_port=_free_port(), **stage)

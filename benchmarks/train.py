@@ -29,7 +29,7 @@ from common import (
     Meter,
     Spread,
     Worker,
-    corpus_config,
+    chosen_corpus,
     default_corpora,
     machine,
     one_rank,
@@ -335,14 +335,7 @@ def padding_efficiencies(manifest: Manifest, config: RunConfig) -> dict[str, flo
 
 def compare(shape: Shape, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     """One shape, all contestants in turns; prints and returns the rows of its table."""
-    data = corpus_config(
-        arguments.corpora,
-        folder,
-        vocabulary_size=arguments.vocabulary_size,
-        tokens_per_step=arguments.tokens_per_step,
-        lanes=arguments.lanes,
-        max_length=128,
-    )
+    data = chosen_corpus(arguments, folder)
     manifest = Manifest.load(prepare(data))
     model = ModelConfig(preset=shape.preset)
     workers = []

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from model.rows import MULTIPLE
+
 PAD_ID = 0
 
 # Probabilities of so many targets are kept until the gradients are made of them, in elements: one
@@ -24,9 +26,8 @@ _CHUNK_ELEMENTS = 1 << 27
 # ones (measured for D 128 and 512, V 8000, in bfloat16).
 _CPU_BLOCK_ELEMENTS = 1 << 13
 
-# On a CPU matrix products are compiled for their shape, which takes longer than many of them (1.4
-# to 3 ms in bfloat16). Rows come in multiples of this, so that there are few shapes.
-_CPU_ROWS = 64
+# On a CPU rows come in multiples of this, as the layers' do: see there.
+_CPU_ROWS = MULTIPLE
 
 # Below this the logarithm of a probability is no longer exact in float32 or bfloat16.
 _SMALLEST_PROBABILITY = 1e-30

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_MULTIPLE = 64
+# Of rows; also the loss'.
+MULTIPLE = 64
 
 
 class Rows(NamedTuple):
@@ -32,7 +33,7 @@ class Rows(NamedTuple):
     @property
     def num_rows(self) -> int:
         """All rows."""
-        return -(-self.num_used // _MULTIPLE) * _MULTIPLE
+        return -(-self.num_used // MULTIPLE) * MULTIPLE
 
     def join(self, states_BLC: Tensor) -> Tensor:
         """[B, L, C] to [R, C], zero where nobody's."""

@@ -215,8 +215,9 @@ class Loop:
                 self.engine.backward(loss, target_tokens=target_tokens, last=not passes_left)
             loss_sum += loss.detach()
             nll_sum += nll.detach()
+            is_bad = (~torch.isfinite(loss.detach())).float()
             for lane in one.lanes:  # of several, nobody knows which one it was
-                bad_lanes[lane] = (~torch.isfinite(loss.detach())).float()
+                bad_lanes[lane] = is_bad
         data_hash = sum(batch.data_hash for batch in batches.batches)
         for _ in range(idle_passes):
             passes_left -= 1

@@ -34,7 +34,7 @@ from common import (  # noqa: E402
     RESULTS,
     Turn,
     Worker,
-    corpus_config,
+    chosen_corpus,
     default_corpora,
     machine,
     rates,
@@ -150,14 +150,7 @@ def compare(
 
     A peer that does not come to train, or stops, is put into ``skipped`` with its reason.
     """
-    data = corpus_config(
-        arguments.corpora,
-        folder,
-        vocabulary_size=arguments.vocabulary_size,
-        tokens_per_step=arguments.tokens_per_step,
-        lanes=arguments.lanes,
-        max_length=128,
-    )
+    data = chosen_corpus(arguments, folder)
     manifest = Manifest.load(prepare(data))
     root = folder / shape.preset
     root.mkdir()
