@@ -27,17 +27,14 @@ sys.path.insert(0, str(ROOT))
 
 from meter import Meter, Turn  # noqa: E402
 
-from cluster import session  # noqa: E402
+from cluster import allocator  # noqa: E402
 from data_shards.config import DataConfig  # noqa: E402
 from trainer.config import TrainerConfig  # noqa: E402
 
 __all__ = ["Meter", "Turn"]  # passed on to the benchmarks
 
-ALLOCATOR = {
-    name: value
-    for name, value in session._ENVIRONMENT.items()
-    if name.startswith(("MALLOC_", "GLIBC_"))
-}
+# What `babelray train` gives the processes that train.
+ALLOCATOR = allocator.environment()
 
 # Options that say where things are, not what is measured.
 _FOLDERS = ("--output", "--corpora", "--venvs")

@@ -31,6 +31,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
+from cluster import allocator
 from cluster.exporter import Exporter, Shelf, Target
 from cluster.failures import RankDiedError
 from cluster.naming import logs_dir
@@ -115,11 +116,11 @@ class RankServer:
                 self._ensure_forkserver()
                 process.start()  # waits for the server's imports; prints where the server does
             else:
-                with _printing_to(self._output):
+                with _printing_to(self._output), allocator.in_environment():
                     process.start()
 
     def _ensure_forkserver(self) -> None:
-        with _printing_to(self._output):
+        with _printing_to(self._output), allocator.in_environment():
             forkserver.ensure_running()
 
     def _serve(self, metrics: Target) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import allocator
 from data_shards.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -51,13 +52,8 @@ _ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     # A libgomp that spins while it waits takes the core from its neighbours.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc gives large blocks back to the system and faults them in again at every step: 7 to 9 %
-    # of a small model's step on a CPU went there.
-    "MALLOC_TRIM_THRESHOLD_": "4000000000",
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    # Huge pages for the heap, where the system gives them to who asks: 3 to 14 % of a tiny model's
-    # rate on a CPU (a matrix of logits is thousands of small pages).
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Workers decode, too. (Ranks have an allocator of their own: cluster.ranks.)
+    **allocator.GLIBC,
 }
 
 # A Ray of our own listens on the loopback interface alone: without this, its ports are open to the

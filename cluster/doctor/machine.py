@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from cluster import allocator
 from cluster.checks import Check
 from cluster.doctor.limits import TimedOutError, limited, number
 from data_shards.errors import UserError
@@ -60,6 +61,7 @@ def checks(config: RunConfig, *, runs: Path, requires: Sequence[str] = ()) -> It
     yield packages(_CHECKOUT / "requirements.lock", requires)
     yield cores()
     yield memory()
+    yield memory_allocator()
     yield shared_memory(Path("/dev/shm"), num_gpus=num_gpus())  # noqa: S108
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield temporary_folder(_ray_folder())
@@ -224,6 +226,24 @@ def memory(limit_folder: Path = Path("/sys/fs/cgroup")) -> Check:
             "memory", "warning", found, "one worker takes about 1 GB: use few, or free some"
         )
     return Check("memory", "ok", found)
+
+
+def memory_allocator(
+    huge_pages: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"),
+) -> Check:
+    """With what the processes that train allocate: on a CPU a tenth of a small model's step."""
+    given = os.environ.get("LD_PRELOAD")
+    if given is not None:
+        found = f"LD_PRELOAD={given}" if given else "the system's, as LD_PRELOAD is set to nothing"
+    elif allocator.jemalloc() is not None:
+        found = "jemalloc, of Ray's package"
+    else:
+        found = "the system's: Ray's package brings no jemalloc that starts here"
+    try:
+        pages = huge_pages.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        pages = "none"
+    return Check("memory allocator", "ok", f"{found}; huge pages: {pages}")
 
 
 def shared_memory(folder: Path, *, num_gpus: int) -> Check:

@@ -55,7 +55,7 @@ _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65_536}
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """The allocator keeps what is freed, as in the workers that train (``cluster/session.py``).
+    """The allocator keeps what is freed, as in the workers that train (``cluster/allocator.py``).
 
     Else glibc gives large blocks back and faults them in again at every pass: at n = 2048, d = 64
     that was 23 of 38 ms of self-attention's forward pass. Does nothing with another C library.

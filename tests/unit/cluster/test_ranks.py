@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import ranks
+from cluster import allocator, ranks
 from cluster.failures import RankDiedError
 from cluster.ranks import Place, RankServer, Task
 from data_shards.errors import DataError
@@ -35,6 +35,9 @@ def train(config: RunConfig, run_dir: Path, *, rank: int, world_size: int, **_: 
     # Ctrl-C is the command's: ignored, and not kept for later.
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    # The allocator is for this process, not for what it may start.
+    assert allocator.jemalloc() is None or "libjemalloc" in Path("/proc/self/maps").read_text()
+    assert "LD_PRELOAD" not in os.environ
     (run_dir / "pid").write_text(str(os.getpid()))
     match run_dir.name:
         case "returns":

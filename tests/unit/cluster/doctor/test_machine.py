@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import allocator
 from cluster.checks import Check
 from cluster.doctor import machine
 from trainer.config import load_config
@@ -104,6 +105,20 @@ def test_threads_beyond_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "at most 0.5 at a time" in check.found
     quota.write_text("max 100000\n")
     assert machine.cores(quota).outcome == "ok"
+
+
+def test_the_allocator_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pages = tmp_path / "enabled"
+    pages.write_text("always madvise [never]\n")
+    monkeypatch.setenv("LD_PRELOAD", "/opt/libtcmalloc.so")
+    assert machine.memory_allocator(pages).found == (
+        "LD_PRELOAD=/opt/libtcmalloc.so; huge pages: never"
+    )
+    monkeypatch.delenv("LD_PRELOAD")
+    monkeypatch.setattr(allocator, "jemalloc", lambda: Path("libjemalloc.so"))
+    assert machine.memory_allocator(tmp_path / "no").found == (
+        "jemalloc, of Ray's package; huge pages: none"
+    )
 
 
 @pytest.mark.parametrize(
