@@ -155,7 +155,7 @@ class Worker:
     """The coordinator's side of a contestant: this very script, run again as a process.
 
     The script is called with ``--worker KIND RUN_DIR`` and one thread; it uses a ``Meter``.
-    ``like_ours`` gives it the allocator's settings that ``babelray train`` gives its workers.
+    ``environment`` is beside this one's, such as ``ALLOCATOR``.
     A ``command`` is run in place of the script, without this project on its path.
     """
 
@@ -165,19 +165,19 @@ class Worker:
         kind: str,
         run_dir: Path,
         *,
-        like_ours: bool,
+        environment: Mapping[str, str],
         command: Sequence[str] | None = None,
     ) -> None:
         self.name = name
-        environment = {
+        variables = {
             **os.environ,
-            **(ALLOCATOR if like_ours else {}),
+            **environment,
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
             "PYTHONPATH": str(ROOT),
         }
         if command:
-            del environment["PYTHONPATH"]
+            del variables["PYTHONPATH"]
         self._log = run_dir / "stderr.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -185,7 +185,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=variables,
                 text=True,
             )
         self._read()  # until it is set up: set-ups do not overlap with turns

@@ -39,6 +39,7 @@ from common import (
     write_result,
 )
 
+from cluster import allocator
 from trainer.config import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def contestants(
         }
         (own / "task.json").write_text(json.dumps(task))
         (own / "source.txt").write_text("\n".join(source))
-        workers.append(Worker(name, contestant.kind, own, like_ours=False))
+        workers.append(Worker(name, contestant.kind, own, environment=allocator.GLIBC))
     return workers
 
 

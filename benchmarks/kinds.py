@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import (
+    ALLOCATOR,
     RESULTS,
     ROOT,
     Meter,
@@ -197,7 +198,7 @@ class Experiment:
                 run_dir = Path(folder) / kind
                 run_dir.mkdir()
                 (run_dir / "config.json").write_text(config.to_json())
-                workers.append(Worker(kind, "ours", run_dir, like_ours=True))
+                workers.append(Worker(kind, "ours", run_dir, environment=ALLOCATOR))
             try:
                 turns = take_turns(workers, rounds=rounds, seconds=seconds, say=print)
             finally:

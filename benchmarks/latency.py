@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import (
+    ALLOCATOR,
     RESULTS,
     Meter,
     Spread,
@@ -131,7 +132,7 @@ class Stopped(Worker):
     """A contestant that does nothing at all outside its turns."""
 
     def __init__(self, name: str, run_dir: Path) -> None:
-        super().__init__(name, "train", run_dir, like_ours=True)
+        super().__init__(name, "train", run_dir, environment=ALLOCATOR)
         self._waits = run_dir / "waits"
         self._seen = 0
         self.shares: list[float] = []

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from common import (
+    ALLOCATOR,
     RESULTS,
     Meter,
     Worker,
@@ -234,7 +235,7 @@ def main() -> None:
             run_dir = Path(folder) / kind
             run_dir.mkdir()
             (run_dir / "config.json").write_text(config.to_json())
-            workers.append(Worker(kind, kind, run_dir, like_ours=True))
+            workers.append(Worker(kind, kind, run_dir, environment=ALLOCATOR))
         try:
             turns = take_turns(
                 workers, rounds=arguments.rounds, seconds=arguments.seconds, say=print

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 from common import (
+    ALLOCATOR,
     RESULTS,
     ROOT,
     Meter,
@@ -433,7 +434,7 @@ def measure(arguments: argparse.Namespace, folder: Path, before: dict[str, objec
         (folder / kind / "workers").write_text(str(arguments.workers))
     contestants: list[Worker | Command] = []
     try:
-        contestants += [Worker(kind, kind, folder / kind, like_ours=True) for kind in kinds]
+        contestants += [Worker(kind, kind, folder / kind, environment=ALLOCATOR) for kind in kinds]
         command = Command("command", folder / "command", arguments.workers)
         contestants.append(command)
         print(

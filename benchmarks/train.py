@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common import (
+    ALLOCATOR,
     RESULTS,
     Meter,
     Spread,
@@ -345,7 +346,9 @@ def compare(shape: Shape, arguments: argparse.Namespace, folder: Path) -> dict[s
         run_dir = folder / f"{shape.preset} {name}"
         run_dir.mkdir()
         (run_dir / "config.json").write_text(config.to_json())
-        workers.append(Worker(name, kind, run_dir, like_ours=kind != "plain"))
+        workers.append(
+            Worker(name, kind, run_dir, environment={} if kind == "plain" else ALLOCATOR)
+        )
     print(
         f"{shape.preset}: {data.corpus}, {manifest.num_pairs:,} pairs, vocabulary "
         f"{manifest.vocabulary_size:,}, {data.tokens_per_step} tokens a side and step in "

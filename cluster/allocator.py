@@ -62,6 +62,17 @@ def in_environment() -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
+def begin_again() -> None:
+    """Start this process' own command anew with ``GLIBC``, where that is missing; may not return.
+
+    For a command that computes by itself: glibc reads its settings before Python is there.
+    """
+    added = {name: value for name, value in GLIBC.items() if name not in os.environ}
+    if sys.platform == "linux" and added:
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **added})  # noqa: S606
+
+
 @functools.cache
 def jemalloc() -> Path | None:
     """The library, if it is there and a process starts with it."""

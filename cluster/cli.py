@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cluster import allocator
 from cluster.commands.attention import attention
 from cluster.commands.attention_bench import attention_bench
 from cluster.commands.dashboard import dashboard
@@ -109,6 +110,9 @@ for _command in (
 
 def main() -> None:
     """The console script."""
+    # The only command whose hours pass in this very process: a fifth more sentences a second.
+    if sys.argv[1:2] == ["translate"] and not {"-h", "--help"} & set(sys.argv):
+        allocator.begin_again()
     sys.exit(cli(prog_name="babelray"))
 
 

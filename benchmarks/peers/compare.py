@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
 from common import (  # noqa: E402
+    ALLOCATOR,
     RESULTS,
     Turn,
     Worker,
@@ -109,7 +110,7 @@ def our_worker(config: RunConfig, folder: Path) -> Worker:
     run_dir.mkdir()
     (run_dir / "config.json").write_text(config.to_json())
     command = [sys.executable, str(HERE.parent / "train.py"), "--worker", "ours", str(run_dir)]
-    return Worker(f"{OURS} {precision}", "ours", run_dir, like_ours=True, command=command)
+    return Worker(f"{OURS} {precision}", "ours", run_dir, environment=ALLOCATOR, command=command)
 
 
 def peer_worker(
@@ -136,7 +137,7 @@ def peer_worker(
     command = [str(python), str(HERE / f"train_{peer.name}.py"), str(folder)]
     name = f"{peer.title} {precision}"
     # The allocator's settings are no peer's own, but they help all alike.
-    return Worker(name, peer.name, folder, like_ours=True, command=command)
+    return Worker(name, peer.name, folder, environment=ALLOCATOR, command=command)
 
 
 def compare(

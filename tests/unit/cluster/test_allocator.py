@@ -12,6 +12,8 @@ import pytest
 
 from cluster import allocator
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+
 _ALLOCATES = (
     "import sys; print([line.split()[-1] for line in open('/proc/self/maps')"
     " if 'jemalloc' in line][:1])"
@@ -79,3 +81,23 @@ def test_without_the_library_there_are_the_systems_settings(
 ) -> None:
     monkeypatch.setattr(allocator.importlib.util, "find_spec", lambda name: None)
     assert allocator.environment() == allocator.GLIBC
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_command_begins_again_once_with_its_arguments_and_input() -> None:
+    program = (
+        "import os, sys; from cluster import allocator; print(os.getpid(), flush=True);"
+        " allocator.begin_again();"
+        " print(sys.argv[1:], sys.stdin.read(), os.environ['GLIBC_TUNABLES'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "a b", "ü"],
+        check=True,
+        capture_output=True,
+        text=True,
+        input="text",
+        cwd=REPOSITORY,
+    )
+    first, again, last = done.stdout.splitlines()
+    assert first == again
+    assert last == f"['a b', 'ü'] text {allocator.GLIBC['GLIBC_TUNABLES']}"
