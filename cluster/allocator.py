@@ -39,10 +39,10 @@ def environment() -> dict[str, str]:
     An ``LD_PRELOAD`` that is set, were it to nothing, keeps jemalloc out.
     """
     wanted = dict(GLIBC)
-    if "LD_PRELOAD" not in os.environ:
-        library = jemalloc()
-        if library is not None:
-            wanted |= {"LD_PRELOAD": str(library), "MALLOC_CONF": _JEMALLOC}
+    library = jemalloc()
+    # (It may be there already, by RAY_LD_PRELOAD_ON_WORKERS.)
+    if library is not None and os.environ.get("LD_PRELOAD", str(library)) == str(library):
+        wanted |= {"LD_PRELOAD": str(library), "MALLOC_CONF": _JEMALLOC}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -63,6 +63,16 @@ def test_the_users_settings_of_jemalloc_are_left_alone(monkeypatch: pytest.Monke
     assert "MALLOC_CONF" not in found
 
 
+def test_the_library_gets_its_settings_where_ray_has_loaded_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(allocator, "jemalloc", lambda: Path("/some/libjemalloc.so"))
+    monkeypatch.setenv("LD_PRELOAD", "/some/libjemalloc.so")
+    assert "MALLOC_CONF" in allocator.environment()
+    monkeypatch.setenv("LD_PRELOAD", "/another/libjemalloc.so")
+    assert "MALLOC_CONF" not in allocator.environment()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a library"])
 def test_a_library_that_does_not_load_is_not_taken(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
