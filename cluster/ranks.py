@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-_PRELOAD = ["trainer.preload"]
+_PRELOAD = ["cluster.preload", "trainer.preload"]
 
 # How long a rank may take to end once its supervisor is gone.
 _LAST_WORDS_S = 1.0
@@ -116,11 +116,11 @@ class RankServer:
                 self._ensure_forkserver()
                 process.start()  # waits for the server's imports; prints where the server does
             else:
-                with _printing_to(self._output), allocator.in_environment():
+                with _printing_to(self._output):
                     process.start()
 
     def _ensure_forkserver(self) -> None:
-        with _printing_to(self._output), allocator.in_environment():
+        with _printing_to(self._output):
             forkserver.ensure_running()
 
     def _serve(self, metrics: Target) -> None:
@@ -311,11 +311,12 @@ def _train(task: Task, place: Place, slot: Slot | None) -> object:
     startup.mark("workers")
     try:
         logger.info(
-            "rank %d of %d, process %d, %d threads, %.1f s after the command",
+            "rank %d of %d, process %d, %d threads, %s, %.1f s after the command",
             place.rank,
             place.world_size,
             os.getpid(),
             task.threads,
+            allocator.current(),
             time.time() - task.commanded_at,
         )
         import torch

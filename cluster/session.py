@@ -52,7 +52,7 @@ _ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     # A libgomp that spins while it waits takes the core from its neighbours.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Workers decode, too. (Ranks have an allocator of their own: cluster.ranks.)
+    # For workers that compute themselves, such as those that decode. (Ranks have another.)
     **allocator.GLIBC,
 }
 

@@ -235,7 +235,7 @@ def memory_allocator(
     given = os.environ.get("LD_PRELOAD")
     if given is not None:
         found = f"LD_PRELOAD={given}" if given else "the system's, as LD_PRELOAD is set to nothing"
-    elif allocator.jemalloc() is not None:
+    elif "LD_PRELOAD" in allocator.environment():
         found = "jemalloc, of Ray's package"
     else:
         found = "the system's: Ray's package brings no jemalloc that starts here"

@@ -115,7 +115,7 @@ def test_the_allocator_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "LD_PRELOAD=/opt/libtcmalloc.so; huge pages: never"
     )
     monkeypatch.delenv("LD_PRELOAD")
-    monkeypatch.setattr(allocator, "jemalloc", lambda: Path("libjemalloc.so"))
+    monkeypatch.setattr(allocator, "environment", lambda: {"LD_PRELOAD": "libjemalloc.so"})
     assert machine.memory_allocator(tmp_path / "no").found == (
         "jemalloc, of Ray's package; huge pages: none"
     )
