@@ -137,8 +137,11 @@ def test_joined_projections_are_initialised_as_several_matrices() -> None:
     torch.manual_seed(0)
     module = MultiHeadAttention(128, 4, dropout=0.0, over_memory=False)
     bound = math.sqrt(6 / (128 + 128))
-    weight = module.query_key_value.weight.detach()
-    assert bound * 0.99 < float(weight.abs().max()) <= bound
+    # As PyTorch's own layer: the three as one matrix of 384 rows.
+    joined = math.sqrt(6 / (128 + 384))
+    assert joined == pytest.approx(bound / math.sqrt(2))
+    assert joined * 0.99 < float(module.query_key_value.weight.detach().abs().max()) <= joined
+    assert bound * 0.99 < float(module.output.weight.detach().abs().max()) <= bound
     assert not module.query_key_value.bias.any()
 
 
@@ -147,6 +150,6 @@ def test_narrow_keys_are_initialised_by_their_own_size() -> None:
     module = MultiHeadAttention(128, 4, dropout=0.0, over_memory=True, key_width=8, value_width=64)
     keys, values = module.key_value.weight.detach().split([32, 256])
     for part, rows in ((keys, 32), (values, 256), (module.query.weight.detach(), 32)):
-        bound = math.sqrt(6 / (128 + rows))
+        bound = math.sqrt(3 / (128 + rows))
         assert bound * 0.98 < float(part.abs().max()) <= bound
     assert module.output.weight.shape == (128, 256)
