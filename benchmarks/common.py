@@ -131,10 +131,20 @@ def _command() -> list[str]:
     return words
 
 
+# What benchmarks write themselves, one after the other.
+_WRITTEN = (":!benchmarks/results", ":!docs/images")
+
+
 def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
+    """The code's, "-dirty" if it was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
