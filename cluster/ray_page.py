@@ -50,6 +50,7 @@ class RayPage:
     Args:
         host: to listen on.
         port: to listen on; None takes the first free one from ``first_port`` on.
+
     Raises:
         OSError: the port is taken.
     """

@@ -16,6 +16,9 @@ PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # Bump when the layout of a prepared folder changes, so that an old folder is never misread.
 DATA_FORMAT = 1
 
+# Settings of ``DataConfig`` that say where things lie on one machine, and nothing of the corpus.
+PLACES = ("root", "dir", "mirror", "shards_url", "cache_dir")
+
 
 # What may stand in an address of shards: nothing that a shell or a request takes for more.
 _SHARDS_URL = re.compile(

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from data_shards.config import PLACES
 from model import description
 from trainer.config import RunConfig
 from trainer.evaluate import Result
@@ -18,8 +19,7 @@ from trainer.report_log import RunLog
 # Where things lie and how they are watched: another machine's are its own.
 _PLACES = frozenset(
     {
-        "data.root", "data.dir", "data.mirror", "data.shards_url", "data.cache_dir",
-        "data.prefetch_steps",
+        *(f"data.{name}" for name in PLACES), "data.prefetch_steps",
         "recovery.storage", "recovery.staging",
         "trainer.metrics_host", "trainer.metrics_port", "trainer.trackers", "trainer.threads",
     }

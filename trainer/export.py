@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from data_shards.config import PLACES
 from data_shards.errors import UserError
 from data_shards.manifest import (
     BLOCK_DTYPE,
@@ -237,8 +238,7 @@ def _write_manifest(manifest: Manifest, file: Path) -> None:
 def _portable(config: RunConfig) -> RunConfig:
     """The settings without where things lie on this machine."""
     data = config.data
-    names = ("root", "dir", "mirror", "shards_url", "cache_dir")
-    places = {name: type(data).model_fields[name].default for name in names}
+    places = {name: type(data).model_fields[name].default for name in PLACES}
     texts = ("source", "target", "valid_source", "valid_target", "test_source", "test_target")
     files = {name: Path(value).name for name in texts if (value := getattr(data, name)) is not None}
     changed = data.model_copy(update={**places, **files})

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.config import PLACES
 from data_shards.errors import UserError
 from trainer.config import RunConfig
 from trainer.paper.table3 import BASE, ROWS, scaled
@@ -187,6 +188,6 @@ def _changes(name: str, base: RunConfig) -> dict[str, Any]:
 def _portable(base: RunConfig) -> dict[str, Any]:
     """The configuration without the places of one machine."""
     values = base.model_dump(mode="json", exclude={"recovery"})
-    for name in ("root", "dir", "mirror", "shards_url", "cache_dir"):
+    for name in PLACES:
         del values["data"][name]
     return values
